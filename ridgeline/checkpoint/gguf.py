@@ -1,0 +1,499 @@
+"""GGUF files, versions 2 and 3, little-endian: a reader that trusts nothing, and a streaming writer.
+
+    "GGUF" | u32 version | u64 tensors | u64 key-values | key-values | tensor entries | padding | tensor data
+    key-value:    string key, u32 type, value              string: u64 length, bytes
+    array value:  u32 element type, u64 count, elements
+    tensor entry: string name, u32 dims, u64 dim[dims] (fastest first), u32 format, u64 offset into the data
+
+The file is mapped, the header is walked once, and every length is checked against the bytes that are left
+before anything is allocated. Large values stay where they are: an array of numbers is a numpy view, an array
+of strings (a vocabulary) is a `StringArray` that decodes on demand.
+Source: ggml's docs/gguf.md. Where that is silent, what llama.cpp and the gguf package accept.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, overload
+
+import numpy as np
+
+from ridgeline.checkpoint.checkpoint import TensorEntry, map_weight, missing_tensor
+from ridgeline.errors import CheckpointError, ModelNotFoundError
+from ridgeline.quant.formats import GGML_TYPES, Array, QuantFormat, Weight
+
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_DEFAULT_ALIGNMENT = 32
+_ALIGNMENT_KEY = "general.alignment"
+_MAX_DIMS = 4
+_MAX_ARRAY_DEPTH = 8
+"""Nested arrays are recursion: a few bytes a level would otherwise be enough to exhaust the stack."""
+
+_SCALARS = {
+    "u8": (0, "B"),
+    "i8": (1, "b"),
+    "u16": (2, "H"),
+    "i16": (3, "h"),
+    "u32": (4, "I"),
+    "i32": (5, "i"),
+    "f32": (6, "f"),
+    "bool": (7, "?"),
+    "u64": (10, "Q"),
+    "i64": (11, "q"),
+    "f64": (12, "d"),
+}
+"""Value type -> its number in the file and its code in `struct`, which numpy reads as well."""
+_SCALAR_TYPES = {number: (name, struct.Struct("<" + code)) for name, (number, code) in _SCALARS.items()}
+_NUMPY_TYPES = {np.dtype(code): name for name, (_, code) in _SCALARS.items()}
+_INTEGER_TYPES = ("u32", "u64", "i32", "i64")
+_ARRAY_INTEGER_TYPES = ("i32", "i64", "u64")
+_BOOL, _STRING, _ARRAY = 7, 8, 9
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+
+ValueType = Literal["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "u64", "i64", "f64", "string"]
+
+
+class StringArray(Sequence[str]):
+    """Strings inside the mapped file, decoded when asked for.
+
+    Bytes that are not UTF-8 (tokens may hold any) decode to lone surrogates, `surrogateescape`: nothing is
+    lost, and `s.encode("utf-8", "surrogateescape")` gives the bytes back.
+    """
+
+    __slots__ = ("_bounds", "_buffer")
+
+    def __init__(self, buffer: mmap.mmap, bounds: array[int]) -> None:
+        # String i is bounds[i] + 8 to bounds[i + 1]; the 8 bytes are its length.
+        self._buffer = buffer
+        self._bounds = bounds
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = range(len(self))[index]
+        return self._buffer[self._bounds[i] + 8 : self._bounds[i + 1]].decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        buffer, start = self._buffer, self._bounds[0]
+        for end in self._bounds[1:]:
+            yield buffer[start + 8 : end].decode("utf-8", "surrogateescape")
+            start = end
+
+    def __repr__(self) -> str:
+        return f"<StringArray of {len(self)} strings>"
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFCheckpoint:
+    """An opened GGUF file. Owns the mapping, which lives as long as any array that was taken from it.
+
+    `metadata` values are int, float, bool, str, numpy arrays (read-only), `StringArray`, or lists of these
+    for nested arrays.
+    """
+
+    path: Path
+    version: int
+    alignment: int
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+    mapping: mmap.mmap
+    kind: Literal["gguf"] = "gguf"
+
+    def weight(self, name: str) -> Weight:
+        """The tensor, memory-mapped. `CheckpointError` if there is none of that name."""
+        if name not in self.tensors:
+            raise missing_tensor(self.path, name, self.tensors)
+        return map_weight(self.tensors[name], self.mapping)
+
+
+class _HeaderReader:
+    """A position in the mapped file that only moves forward, over bytes that are known to be there."""
+
+    __slots__ = ("at", "buffer", "path", "size")
+
+    def __init__(self, path: Path, buffer: mmap.mmap) -> None:
+        self.path = path
+        self.buffer = buffer
+        self.size = len(buffer)
+        self.at = 0
+
+    def damaged(self, where: str, *, expected: str, found: object) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: {where}: expected {expected}, found {found}; "
+            "the file is damaged, incomplete or not supported: fetch or convert it again"
+        )
+
+    def skip(self, num_bytes: int, where: str) -> int:
+        """Move over `num_bytes` and return where they start."""
+        start = self.at
+        if num_bytes > self.size - start:
+            left = f"{self.size - start} left at byte {start} (the file has {self.size})"
+            raise self.damaged(where, expected=f"{num_bytes} more bytes", found=left)
+        self.at = start + num_bytes
+        return start
+
+    def number(self, layout: struct.Struct, where: str) -> Any:
+        return layout.unpack_from(self.buffer, self.skip(layout.size, where))[0]
+
+    def count(self, where: str, *, min_bytes: int) -> int:
+        """A u64 count of things of `min_bytes` or more, for which the rest of the file has room."""
+        count: int = self.number(_U64, where)
+        room = (self.size - self.at) // min_bytes
+        if count > room:
+            raise self.damaged(where, expected=f"at most {room} (what the file has room for)", found=count)
+        return count
+
+    def string(self, where: str) -> str:
+        num_bytes = self.count(f"{where} length", min_bytes=1)
+        start = self.skip(num_bytes, where)
+        return self.buffer[start : self.at].decode("utf-8", "surrogateescape")
+
+    def value(self, value_type: int, where: str, *, depth: int = 0) -> Any:
+        if value_type == _STRING:
+            return self.string(where)
+        if value_type == _ARRAY:
+            return self.array_value(where, depth=depth + 1)
+        if value_type not in _SCALAR_TYPES:
+            raise self.damaged(where, expected="a value type from 0 to 12", found=value_type)
+        if value_type == _BOOL:
+            return bool(self.bools(1, where)[0])
+        return self.number(_SCALAR_TYPES[value_type][1], where)
+
+    def array_value(self, where: str, *, depth: int) -> Any:
+        element_type = self.number(_U32, where)
+        if element_type == _ARRAY:
+            if depth == _MAX_ARRAY_DEPTH:
+                raise self.damaged(where, expected=f"arrays nested at most {depth} deep", found="more")
+            return [
+                self.array_value(where, depth=depth + 1)
+                for _ in range(self.count(f"{where} count", min_bytes=12))
+            ]
+        if element_type == _STRING:
+            return self.strings(self.count(f"{where} count", min_bytes=8), where)
+        if element_type not in _SCALAR_TYPES:
+            raise self.damaged(where, expected="an array element type from 0 to 12", found=element_type)
+        layout = _SCALAR_TYPES[element_type][1]
+        num_elements = self.count(f"{where} count", min_bytes=layout.size)
+        if element_type == _BOOL:
+            return self.bools(num_elements, where)
+        return np.frombuffer(
+            self.buffer, layout.format, num_elements, self.skip(num_elements * layout.size, where)
+        )
+
+    def bools(self, count: int, where: str) -> Array:
+        stored = np.frombuffer(self.buffer, np.uint8, count, self.skip(count, where))
+        if (stored > 1).any():
+            raise self.damaged(where, expected="booleans stored as 0 or 1", found=stored.max())
+        return stored.view(np.bool_)
+
+    def strings(self, count: int, where: str) -> StringArray:
+        """Walk over the lengths; the text itself is not touched."""
+        bounds = array("Q", [self.at])
+        note, length_at, buffer, at = bounds.append, _U64.unpack_from, self.buffer, self.at
+        try:
+            for _ in range(count):
+                at += 8 + length_at(buffer, at)[0]
+                note(at)
+        except (struct.error, OverflowError):
+            at = self.size + 1
+        if at > self.size:
+            first_bad = (
+                f"string {len(bounds) - 2} of {count} runs past the end of the file ({self.size} bytes)"
+            )
+            raise self.damaged(where, expected=f"{count} strings", found=first_bad)
+        self.at = at
+        return StringArray(self.buffer, bounds)
+
+
+def read_gguf(path: str | os.PathLike[str]) -> GGUFCheckpoint:
+    """Map a GGUF file and read its header.
+
+    `CheckpointError` for any damage, `ModelNotFoundError` where no file can be opened.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                raise CheckpointError(f"{path}: expected a GGUF file, found an empty one; fetch it again")
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{path}: expected a readable .gguf file, found: {error.strerror}; check the path"
+        ) from error
+
+    reader = _HeaderReader(path, mapping)
+    magic = mapping[: len(_MAGIC)]
+    if magic != _MAGIC:
+        raise reader.damaged("magic", expected=f"a GGUF file, which starts with {_MAGIC!r}", found=magic)
+    reader.skip(len(_MAGIC), "magic")
+    version = reader.number(_U32, "version")
+    if version and not version & 0xFFFF:
+        raise reader.damaged("version", expected="a little-endian file", found="a big-endian one")
+    if version not in _VERSIONS:
+        raise reader.damaged("version", expected=f"one of {_VERSIONS}", found=version)
+
+    num_tensors = reader.count("number of tensors", min_bytes=32)
+    num_keys = reader.count("number of keys", min_bytes=13)
+    metadata = _read_metadata(reader, num_keys)
+    alignment = _checked_alignment(reader, metadata)
+    tensors = _read_tensor_entries(reader, num_tensors, alignment)
+    return GGUFCheckpoint(path, version, alignment, metadata, tensors, mapping)
+
+
+def _read_metadata(reader: _HeaderReader, num_keys: int) -> dict[str, Any]:
+    metadata: dict[str, Any] = {}
+    for i in range(num_keys):
+        key = reader.string(f"key {i} of {num_keys}")
+        where = f"key {key!r}"
+        if key in metadata:
+            raise reader.damaged(where, expected="every key once", found="a second one")
+        metadata[key] = reader.value(reader.number(_U32, f"{where} type"), where)
+    return metadata
+
+
+def _checked_alignment(reader: _HeaderReader, metadata: Mapping[str, Any]) -> int:
+    alignment = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
+    if not _is_alignment(alignment):
+        raise reader.damaged(
+            f"key {_ALIGNMENT_KEY!r}", expected="a power of two of at least 8", found=repr(alignment)
+        )
+    return int(alignment)
+
+
+def _is_alignment(alignment: object) -> bool:
+    # The specification asks for a multiple of 8, the readers in circulation for a power of two.
+    return type(alignment) is int and alignment >= 8 and alignment & (alignment - 1) == 0
+
+
+def _read_tensor_entries(reader: _HeaderReader, num_tensors: int, alignment: int) -> dict[str, TensorEntry]:
+    relative: list[tuple[str, QuantFormat, tuple[int, ...], int]] = []
+    names: set[str] = set()
+    for i in range(num_tensors):
+        name = reader.string(f"tensor {i} of {num_tensors}")
+        where = f"tensor {name!r}"
+        if name in names:
+            raise reader.damaged(where, expected="every tensor once", found="a second one")
+        names.add(name)
+        num_dims = reader.number(_U32, where)
+        if not 1 <= num_dims <= _MAX_DIMS:
+            raise reader.damaged(where, expected=f"1 to {_MAX_DIMS} dimensions", found=num_dims)
+        shape = tuple(reader.number(_U64, where) for _ in range(num_dims))[::-1]
+        ggml_type, offset = reader.number(_U32, where), reader.number(_U64, where)
+        if ggml_type not in GGML_TYPES:
+            known = ", ".join(f"{f.name} ({number})" for number, f in sorted(GGML_TYPES.items()))
+            raise reader.damaged(
+                where, expected=f"a format of {known}; no IQ types", found=f"type {ggml_type}"
+            )
+        block_format = GGML_TYPES[ggml_type]
+        if 0 in shape:
+            raise reader.damaged(where, expected="dimensions of at least 1", found=shape)
+        if shape[-1] % block_format.block_size:
+            whole = f"rows of whole {block_format.name} blocks of {block_format.block_size}"
+            raise reader.damaged(where, expected=whole, found=f"shape {shape}")
+        if offset % alignment:
+            raise reader.damaged(where, expected=f"an offset aligned to {alignment}", found=offset)
+        relative.append((name, block_format, shape, offset))
+
+    data_start = _align(reader.at, alignment)
+    entries = {
+        name: TensorEntry(name, fmt, shape, data_start + offset, fmt.num_bytes(shape), reader.path)
+        for name, fmt, shape, offset in relative
+    }
+    _check_ranges(reader, entries.values())
+    return entries
+
+
+def _check_ranges(reader: _HeaderReader, entries: Iterable[TensorEntry]) -> None:
+    """Every tensor lies inside the file, and no two share a byte."""
+    taken, owner = 0, ""
+    for entry in sorted(entries, key=lambda e: e.offset):
+        end = entry.offset + entry.num_bytes
+        span = f"bytes {entry.offset} to {end} ({entry.format.name} of shape {entry.shape})"
+        if end > reader.size:
+            inside = f"its data inside the file of {reader.size} bytes"
+            raise reader.damaged(f"tensor {entry.name!r}", expected=inside, found=span)
+        if entry.offset < taken:
+            apart = f"data from byte {taken} on, where tensor {owner!r} ends"
+            raise reader.damaged(f"tensor {entry.name!r}", expected=apart, found=span)
+        taken, owner = end, entry.name
+
+
+def _align(offset: int, alignment: int) -> int:
+    return -(-offset // alignment) * alignment
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFValue:
+    """A metadata value with its type forced; for an array, the type of the (innermost) elements."""
+
+    value: Any
+    type: ValueType
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """A tensor to write: declared at once, its bytes taken chunk by chunk when its turn comes."""
+
+    name: str
+    format: QuantFormat
+    shape: tuple[int, ...]
+    """Row-major."""
+    chunks: Iterable[bytes | memoryview | Array]
+    """Together `format.num_bytes(shape)` bytes: one array, or a generator of pieces of any size."""
+
+
+def write_gguf(
+    path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: Iterable[TensorSource]
+) -> None:
+    """Write a version 3 file; the data is streamed, and `path` appears only when it is complete.
+
+    A Python int becomes u32, or the first of u64, i32, i64 that holds it; in arrays i32, i64 or u64 (token
+    types and the like are i32 by convention). A float becomes f32. Numpy values keep their type. `GGUFValue`
+    forces one.
+    """
+    path = Path(path)
+    alignment = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
+    if not _is_alignment(alignment):
+        raise CheckpointError(
+            f"{path}: {_ALIGNMENT_KEY}: expected a power of two of at least 8, got {alignment!r}"
+        )
+    sources = list(tensors)
+    _check_sources(path, sources)
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(_header(path, metadata, sources, alignment))
+            for source in sources:
+                _pad(file, alignment)
+                _write_chunks(file, path, source)
+            _pad(file, alignment)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_sources(path: Path, sources: list[TensorSource]) -> None:
+    names: set[str] = set()
+    for source in sources:
+        shape, block_size = source.shape, source.format.block_size
+        if not 1 <= len(shape) <= _MAX_DIMS or min(shape) < 1 or shape[-1] % block_size:
+            raise CheckpointError(
+                f"{path}: tensor {source.name!r}: expected 1 to {_MAX_DIMS} dimensions, all positive, the last "
+                f"one a multiple of {block_size} for {source.format.name}, got {shape}"
+            )
+        if source.format.ggml_type is None:
+            raise CheckpointError(
+                f"{path}: tensor {source.name!r}: {source.format.name} is no format of GGUF"
+            )
+        if source.name in names:
+            raise CheckpointError(f"{path}: tensor {source.name!r} is given twice; names must differ")
+        names.add(source.name)
+
+
+def _header(path: Path, metadata: Mapping[str, Any], sources: list[TensorSource], alignment: int) -> bytes:
+    parts = [_MAGIC, _U32.pack(_VERSIONS[-1]), _U64.pack(len(sources)), _U64.pack(len(metadata))]
+    for key, value in metadata.items():
+        try:
+            number, payload = _encode(value)
+        except (struct.error, OverflowError, TypeError, UnicodeEncodeError) as error:
+            raise CheckpointError(
+                f"{path}: key {key!r}: cannot be written: {error}; give a number, string or list of one "
+                "kind, with GGUFValue(value, type) where the type is not plain"
+            ) from error
+        parts += [_string_bytes(key), _U32.pack(number), payload]
+
+    offset = 0
+    for source in sources:
+        dims = source.shape[::-1]
+        parts.append(_string_bytes(source.name))
+        parts.append(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, source.format.ggml_type, offset))
+        offset = _align(offset + source.format.num_bytes(source.shape), alignment)
+    return b"".join(parts)
+
+
+def _string_bytes(text: str) -> bytes:
+    encoded = text.encode("utf-8", "surrogateescape")
+    return _U64.pack(len(encoded)) + encoded
+
+
+def _encode(value: Any, forced: str | None = None) -> tuple[int, bytes]:
+    """A metadata value -> its type's number, its bytes. `struct` refuses what the type cannot hold."""
+    if isinstance(value, GGUFValue):
+        return _encode(value.value, value.type)
+    if isinstance(value, np.ndarray | np.generic):
+        return _encode(value.tolist(), forced or _NUMPY_TYPES.get(value.dtype))
+    if isinstance(value, str):
+        if forced not in (None, "string"):
+            raise TypeError(f"a string is not of type {forced}")
+        return _STRING, _string_bytes(value)
+    if not isinstance(value, Sequence):
+        number, code = _SCALARS[forced or _infer([value], _INTEGER_TYPES)]
+        return number, struct.pack("<" + code, value)
+
+    elements = list(value)
+    nested = bool(elements) and all(
+        isinstance(e, Sequence | np.ndarray) and not isinstance(e, str) for e in elements
+    )
+    kind = "array" if nested else forced or _infer(elements, _ARRAY_INTEGER_TYPES)
+    if kind == "array":
+        number, payload = _ARRAY, b"".join(_encode(e, forced)[1] for e in elements)
+    elif kind == "string":
+        number, payload = _STRING, b"".join(_string_bytes(e) for e in elements)
+    else:
+        number, code = _SCALARS[kind]
+        payload = struct.pack(f"<{len(elements)}{code}", *elements)
+    return _ARRAY, _U32.pack(number) + _U64.pack(len(elements)) + payload
+
+
+def _infer(elements: list[Any], integer_types: tuple[str, ...]) -> str:
+    kinds = {type(e) for e in elements}
+    if kinds == {bool}:
+        return "bool"
+    if kinds == {str}:
+        return "string"
+    if kinds == {int}:
+        # The last one is tried in any case: struct says then what does not fit.
+        return next((t for t in integer_types if _holds(t, elements)), integer_types[-1])
+    if kinds and kinds <= {int, float}:
+        return "f32"
+    raise TypeError(f"no type for {', '.join(sorted(k.__name__ for k in kinds)) or 'an empty list'}")
+
+
+def _holds(integer_type: str, elements: list[int]) -> bool:
+    limits = np.iinfo(_SCALARS[integer_type][1])
+    return int(limits.min) <= min(elements) and max(elements) <= int(limits.max)
+
+
+def _pad(file: IO[bytes], alignment: int) -> None:
+    file.write(bytes(_align(file.tell(), alignment) - file.tell()))
+
+
+def _write_chunks(file: IO[bytes], path: Path, source: TensorSource) -> None:
+    expected, written = source.format.num_bytes(source.shape), 0
+    for chunk in source.chunks:
+        piece = np.ascontiguousarray(chunk).data if isinstance(chunk, np.ndarray) else memoryview(chunk)
+        written += piece.nbytes
+        if written > expected:
+            break
+        file.write(piece)
+    if written != expected:
+        found = "more" if written > expected else written
+        raise CheckpointError(
+            f"{path}: tensor {source.name!r}: expected {expected} bytes for {source.format.name} of shape "
+            f"{source.shape}, got {found}; nothing was written"
+        )

@@ -1,0 +1,37 @@
+"""How dataclasses become flags: one field, one flag, the field's docstring its help.
+
+`config.py` and `sampling_params.py` stay free of any command-line library; here their fields are made flat
+(--max-num-seqs, not --scheduler.max-num-seqs) and a few get a short name.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from cyclopts import App, Parameter
+
+from ridgeline.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
+from ridgeline.sampling_params import SamplingParams
+
+SHORT_NAMES = {"model": "-m"}
+
+for _group in (EngineConfig, LoadConfig, CacheConfig, SchedulerConfig, SamplingParams):
+    Parameter(name="*")(_group)
+
+
+def make_app(**settings: Any) -> App:
+    """The root App with the conventions above."""
+    return App(
+        default_parameter=Parameter(
+            short_alias=lambda field, taken: SHORT_NAMES.get(field.name), json_dict=True, negative_iterable=()
+        ),
+        help_format="markdown",
+        **settings,
+    )
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on one line, the last that a command prints."""
+    sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,0 +1,177 @@
+"""The engine: schedule, execute, update, and nothing else.
+
+`LLMEngine.step` is the whole loop on one screen. Every optimisation is a setting of what it calls: the
+scheduler decides from plain numbers, the executor computes what a plan says, and the outputs turn tokens into
+text. It is not thread-safe: one thread owns it (`AsyncEngine` has one).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ridgeline.config import EngineConfig
+from ridgeline.engine.executors import StepHandle, make_executor, unavailable_executors
+from ridgeline.engine.memory import plan_cache
+from ridgeline.engine.outputs import OutputProcessor
+from ridgeline.engine.sampler import derive_seed
+from ridgeline.engine.scheduler import Scheduler, StepPlan
+from ridgeline.errors import RequestError
+from ridgeline.kvcache.block_pool import BlockPool
+from ridgeline.kvcache.manager import BlockManager
+from ridgeline.models.load import LoadedModel, load_model
+from ridgeline.models.locate import locate_model
+from ridgeline.request import FinishReason, Request, RequestOutput
+from ridgeline.sampling_params import SamplingParams
+from ridgeline.tokenizer import Tokenizer, load_tokenizer
+
+Prompt = str | Mapping[str, Any]
+"""Text, {"prompt": text} or {"prompt_token_ids": [...]}: the forms of vLLM's offline API."""
+
+
+class LLMEngine:
+    """Owns the executor with its cache, and every request between arrival and finish."""
+
+    def __init__(self, config: EngineConfig, model: LoadedModel, tokenizer: Tokenizer | None) -> None:
+        """Resolve the settings for this model and build the parts. Raises ConfigError."""
+        config = config.resolve(model.config, unavailable=unavailable_executors())
+        cache, max_model_len = config.cache, config.max_model_len
+        assert cache.block_size and cache.enable_prefix_caching is not None and max_model_len
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layout = plan_cache(config, model.config)
+        self.config = replace(config, max_model_len=min(max_model_len, self.layout.num_slots))
+        self.executor = make_executor(self.config, model, self.layout)
+        windowed = model.config.window_is_global
+        manager = BlockManager(
+            BlockPool(
+                self.layout.num_blocks,
+                cache.block_size,
+                enable_prefix_caching=cache.enable_prefix_caching,
+            ),
+            window=model.config.sliding_window if windowed else None,
+            num_sinks=model.config.num_sinks,
+        )
+        self.scheduler = Scheduler(
+            config.scheduler,
+            manager,
+            max_model_len=max_model_len,
+            eos_token_ids=self._eos_token_ids(),
+            kv_cache=cache.kv_cache,
+        )
+        self._outputs = OutputProcessor(tokenizer)
+        self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
+        self._num_submitted = 0
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> LLMEngine:
+        """Find, map and load the model that `config` names, with its tokenizer."""
+        model = load_model(locate_model(config.model), config.load)
+        return cls(config, model, load_tokenizer(model.checkpoint))
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        of_tokenizer = self.tokenizer.eos_token_ids if self.tokenizer is not None else ()
+        return tuple(dict.fromkeys((*self.model.config.eos_token_ids, *of_tokenizer)))
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        arrival_time: float | None = None,
+    ) -> str:
+        """Queue a prompt -> its request id. Lower priority runs first; times are time.monotonic().
+
+        Raises RequestError if it can never be served: empty, longer than the model or the cache allows,
+        token ids out of the vocabulary, text without a tokenizer, an id that is in use.
+        """
+        params = params or SamplingParams()
+        request_id = request_id or f"req-{self._num_submitted}"
+        if request_id in self._outputs:
+            raise RequestError(f"request id {request_id!r} is already in use; wait for it or choose another")
+        text, token_ids = self._tokenize(prompt)
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        arrival = time.monotonic() if arrival_time is None else arrival_time
+        seed = derive_seed(self.config.seed, self._num_submitted, 0) if params.seed is None else params.seed
+        requests = [
+            Request(
+                request_id if params.n == 1 else f"{request_id}-{choice}",
+                token_ids,
+                params,
+                arrival,
+                seed=derive_seed(seed, 0, choice) if choice else seed,
+                priority=priority,
+            )
+            for choice in range(params.n)
+        ]
+        for request in requests:
+            self.scheduler.validate(request)
+        self._num_submitted += 1
+        self._outputs.add(request_id, text, requests)
+        for request in requests:
+            self.scheduler.add(request)
+        return request_id
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            if "prompt_token_ids" in prompt:
+                ids = prompt["prompt_token_ids"]
+                vocab_size = self.model.config.vocab_size
+                if not isinstance(ids, (list, tuple)) or not all(
+                    isinstance(i, int) and 0 <= i < vocab_size for i in ids
+                ):
+                    raise RequestError(
+                        f"prompt_token_ids: expected a list of whole numbers from 0 to {vocab_size - 1}, "
+                        f"given {_shortened(ids)}"
+                    )
+                return None, list(ids)
+            prompt = prompt.get("prompt", prompt)
+        if not isinstance(prompt, str):
+            raise RequestError(
+                'a prompt is a string, {"prompt": text} or {"prompt_token_ids": [...]}; '
+                f"given {_shortened(prompt)}"
+            )
+        if self.tokenizer is None:
+            raise RequestError(
+                "this model has no tokenizer; give {'prompt_token_ids': [...]} instead of text"
+            )
+        return prompt, self.tokenizer.encode(prompt)
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Stop a request at any moment and free its blocks; unknown and finished ids are ignored."""
+        output = None
+        for child in self._outputs.children(request_id):
+            request = self.scheduler.abort(child)
+            if request is not None:
+                output = self._outputs.abort(request)
+        return output
+
+    @property
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    def step(self) -> list[RequestOutput]:
+        """One step -> the requests that got a token or finished, cumulative."""
+        plan = self.scheduler.schedule()
+        self._in_flight.append((plan, self.executor.submit(plan)))
+        plan, handle = self._in_flight.popleft()
+        sampled = handle.result()
+        outputs, stopped = self._outputs.update(self.scheduler.update(plan, sampled), sampled)
+        for request_id, stop in stopped:
+            self.scheduler.finish(request_id, FinishReason.STOP, stop)
+        return outputs
+
+    def close(self) -> None:
+        """Give back the executor's threads and memory."""
+        self.executor.close()
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

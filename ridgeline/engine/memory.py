@@ -1,0 +1,72 @@
+"""How large the KV cache is: from what was asked for, else from the memory that is free."""
+
+from __future__ import annotations
+
+import os
+
+from ridgeline.config import EngineConfig, ModelConfig
+from ridgeline.errors import ConfigError
+from ridgeline.kvcache.layout import CacheLayout
+from ridgeline.logs import logger
+
+FREE_MEMORY_SHARE = 0.5
+"""Of the free memory, for the cache when no size was given: the rest is for activations and other programs."""
+
+
+def free_memory_bytes() -> int:
+    """Memory that can be had without swapping: MemAvailable of Linux, or less under a cgroup limit."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as meminfo:
+            fields = dict(line.split(":") for line in meminfo)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            allowed = limit.read().strip()
+            if allowed != "max":
+                free = min(free, int(allowed) - int(used.read()))
+    except (OSError, KeyError, ValueError):
+        pass
+    return max(free, 0)
+
+
+def plan_cache(config: EngineConfig, model: ModelConfig) -> CacheLayout:
+    """Layout of the cache of a resolved config.
+
+    Without a size: as many tokens as max_num_seqs requests of max_model_len need, within half of the free
+    memory. Raises ConfigError with the numbers when not even one block fits.
+    """
+    cache = config.cache
+    assert cache.kv_cache_dtype and cache.block_size and config.max_model_len
+    token_bytes = CacheLayout.bytes_per_token(model, cache.kv_cache_dtype)
+    per_request = -(-config.max_model_len // cache.block_size)
+    wanted = config.scheduler.max_num_seqs * per_request
+    if cache.kv_cache_tokens is not None:
+        num_blocks, limit = cache.kv_cache_tokens // cache.block_size, f"{cache.kv_cache_tokens} tokens"
+    elif cache.kv_cache_memory_bytes is not None:
+        num_blocks = cache.kv_cache_memory_bytes // (token_bytes * cache.block_size)
+        limit = f"{cache.kv_cache_memory_bytes:,} bytes"
+    else:
+        free = int(free_memory_bytes() * FREE_MEMORY_SHARE)
+        num_blocks = min(wanted, free // (token_bytes * cache.block_size))
+        limit = f"{free:,} bytes, half of the free memory"
+    if num_blocks < 1:
+        raise ConfigError(
+            f"the KV cache of {limit} does not hold one block of {cache.block_size} tokens "
+            f"({token_bytes * cache.block_size:,} bytes); give it more, or lower block_size or max_model_len"
+        )
+    logger.info(
+        "KV cache: %d blocks of %d tokens, %s bytes (%s), %s bytes per token",
+        num_blocks,
+        cache.block_size,
+        f"{num_blocks * cache.block_size * token_bytes:,}",
+        cache.kv_cache_dtype,
+        f"{token_bytes:,}",
+    )
+    return CacheLayout(
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        dtype=cache.kv_cache_dtype,
+        block_size=cache.block_size,
+        num_blocks=num_blocks,
+    )

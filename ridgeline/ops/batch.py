@@ -1,0 +1,97 @@
+"""The step as arrays: which tokens, where they sit, where their K and V go.
+
+Letters: T tokens of the step (padding included), S sequences, B blocks per table, L rows with logits.
+Made once per step and passed down as an argument; kernels read positions and tables from here and never
+assume that slots are contiguous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int32]
+
+
+class BatchRow(Protocol):
+    """The part of `engine.scheduler.PlanRow` that a batch is made of."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def block_ids(self) -> Sequence[int]: ...
+    @property
+    def num_logits(self) -> int: ...
+    @property
+    def num_padding(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Inputs of one forward pass besides the weights. All arrays int32."""
+
+    token_ids: IntArray
+    """[T]"""
+    positions: IntArray
+    """[T] place of the token in its text; a query sees the keys at positions up to its own"""
+    slot_mapping: IntArray
+    """[T] block_id * block_size + offset; -1: padding, K and V are not stored"""
+    query_start_loc: IntArray
+    """[S+1] prefix sums of the tokens of each sequence, its padding included"""
+    seq_lens: IntArray
+    """[S] tokens in the cache after this step"""
+    block_tables: IntArray
+    """[S, B] block ids in token order; -1: no block (past the end, or freed behind a window)"""
+    logit_rows: IntArray
+    """[L] rows of T whose logits are wanted, ascending"""
+    max_query_len: int
+    max_seq_len: int
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[BatchRow], *, block_size: int) -> ForwardBatch:
+        """Lay out the rows of a plan one after the other, each followed by its padding.
+
+        Padding repeats the row's last position, is really computed, and is stored nowhere.
+        """
+        token_ids: list[int] = []
+        positions: list[npt.NDArray[np.int32]] = []
+        slots: list[npt.NDArray[np.int32]] = []
+        query_start_loc = [0]
+        seq_lens: list[int] = []
+        logit_rows: list[int] = []
+        block_tables = np.full((len(rows), max((len(r.block_ids) for r in rows), default=0)), -1, np.int32)
+        for i, row in enumerate(rows):
+            num_tokens = len(row.token_ids)
+            end = row.start + num_tokens
+            block_tables[i, : len(row.block_ids)] = row.block_ids
+            place = np.arange(row.start, end, dtype=np.int32)
+            positions.append(place)
+            slots.append(block_tables[i, place // block_size] * block_size + place % block_size)
+            token_ids.extend(row.token_ids)
+            if row.num_padding:
+                token_ids.extend([0] * row.num_padding)
+                positions.append(np.full(row.num_padding, max(end - 1, 0), np.int32))
+                slots.append(np.full(row.num_padding, -1, np.int32))
+            logit_rows.extend(
+                range(query_start_loc[-1] + num_tokens - row.num_logits, query_start_loc[-1] + num_tokens)
+            )
+            query_start_loc.append(query_start_loc[-1] + num_tokens + row.num_padding)
+            seq_lens.append(end)
+        starts = np.array(query_start_loc, np.int32)
+        return cls(
+            token_ids=np.array(token_ids, np.int32),
+            positions=np.concatenate(positions) if positions else np.zeros(0, np.int32),
+            slot_mapping=np.concatenate(slots) if slots else np.zeros(0, np.int32),
+            query_start_loc=starts,
+            seq_lens=np.array(seq_lens, np.int32),
+            block_tables=block_tables,
+            logit_rows=np.array(logit_rows, np.int32),
+            max_query_len=int(np.diff(starts).max(initial=0)),
+            max_seq_len=max(seq_lens, default=0),
+        )
