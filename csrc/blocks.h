@@ -29,9 +29,9 @@ static inline int64_t row_bytes(int32_t format, int64_t k) {
 // 32 elements: low nibbles are elements 0..15, high ones 16..31; w = d * (q + shift) + m.
 static inline void unpack_nibbles(const uint8_t *q, float d, float shift, float m, float *out) {
     for (int i = 0; i < 16; i += 8) {
-        v8u8 packed = load<v8u8>(q + i);
-        v8f low = __builtin_convertvector(packed & 15, v8f);
-        v8f high = __builtin_convertvector(packed >> 4, v8f);
+        uint64_t packed = load<uint64_t>(q + i), nibbles = 0x0f0f0f0f0f0f0f0full;
+        v8f low = to_float((v8u8)(packed & nibbles));
+        v8f high = to_float((v8u8)(packed >> 4 & nibbles));
         store(out + i, (low + splat(shift)) * splat(d) + splat(m));
         store(out + 16 + i, (high + splat(shift)) * splat(d) + splat(m));
     }
@@ -95,7 +95,7 @@ static inline void unpack_row(int32_t format, const void *row, int64_t k, float 
             for (int64_t i = 0; i < k / 32; i++) {
                 v8f d = splat(half_to_float(b[i].d));
                 for (int j = 0; j < 32; j += 8)
-                    store(out + 32 * i + j, __builtin_convertvector(load<v8s8>(b[i].q + j), v8f) * d);
+                    store(out + 32 * i + j, to_float(load<v8s8>(b[i].q + j)) * d);
             }
             break;
         }

@@ -2,6 +2,9 @@
 // register in the avx2 build. Every reduction over K keeps eight running sums and joins them in one fixed order,
 // so that a result does not depend on how many rows are computed together.
 #pragma once
+#if defined(__AVX2__) || defined(__F16C__)
+#include <immintrin.h>
+#endif
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -21,6 +24,26 @@ template <class V> static inline V load(const void *p) {
 static inline void store(float *p, v8f v) { std::memcpy(p, &v, sizeof v); }
 static inline v8f splat(float x) { return v8f{x, x, x, x, x, x, x, x}; }
 
+// Eight bytes to float. gcc 12 turns the vector conversion of 8-byte vectors into scalar code, hence intrinsics.
+static inline v8f to_float(v8u8 bytes) {
+#if defined(__AVX2__)
+    int64_t bits;
+    std::memcpy(&bits, &bytes, 8);
+    return (v8f)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(bytes, v8i), v8f);
+#endif
+}
+static inline v8f to_float(v8s8 bytes) {
+#if defined(__AVX2__)
+    int64_t bits;
+    std::memcpy(&bits, &bytes, 8);
+    return (v8f)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(bytes, v8i), v8f);
+#endif
+}
+
 static inline float sum(v8f v) {
     return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
@@ -30,8 +53,11 @@ static inline float max(v8f v) {
     return m;
 }
 
-// IEEE half to single, all values; the multiplication renormalises subnormals.
+// IEEE half to single, all values. Without F16C: the multiplication renormalises subnormals.
 static inline v8f half_to_float(v8u16 h) {
+#if defined(__F16C__)
+    return (v8f)_mm256_cvtph_ps((__m128i)h);
+#else
     v8u u = __builtin_convertvector(h, v8u);
     v8u sign = (u & 0x8000u) << 16;
     v8u magnitude = (u & 0x7fffu) << 13;
@@ -39,10 +65,15 @@ static inline v8f half_to_float(v8u16 h) {
     v8u special = (v8u)((v8i)(u & 0x7c00u) == 0x7c00);
     v8u bits = ((v8u)scaled & ~special) | ((magnitude | 0x7f800000u) & special);
     return (v8f)(bits | sign);
+#endif
 }
 static inline float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+    return _cvtsh_ss(h);
+#else
     v8u16 v = {h};
     return half_to_float(v)[0];
+#endif
 }
 static inline uint16_t float_to_half(float x) {  // round to nearest even
     uint32_t u;

@@ -17,6 +17,7 @@ import mmap
 import os
 import struct
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,9 +212,8 @@ class _HeaderReader:
         except (struct.error, OverflowError):
             at = self.size + 1
         if at > self.size:
-            first_bad = (
-                f"string {len(bounds) - 2} of {count} runs past the end of the file ({self.size} bytes)"
-            )
+            bad = bisect_right(bounds, self.size) - 1
+            first_bad = f"string {bad} of {count} runs past the end of the file ({self.size} bytes)"
             raise self.damaged(where, expected=f"{count} strings", found=first_bad)
         self.at = at
         return StringArray(self.buffer, bounds)
@@ -393,8 +393,8 @@ def _check_sources(path: Path, sources: list[TensorSource]) -> None:
         shape, block_size = source.shape, source.format.block_size
         if not 1 <= len(shape) <= _MAX_DIMS or min(shape) < 1 or shape[-1] % block_size:
             raise CheckpointError(
-                f"{path}: tensor {source.name!r}: expected 1 to {_MAX_DIMS} dimensions, all positive, the last "
-                f"one a multiple of {block_size} for {source.format.name}, got {shape}"
+                f"{path}: tensor {source.name!r}: expected 1 to {_MAX_DIMS} dimensions, all positive, the "
+                f"last one a multiple of {block_size} for {source.format.name}, got {shape}"
             )
         if source.format.ggml_type is None:
             raise CheckpointError(
@@ -427,6 +427,8 @@ def _header(path: Path, metadata: Mapping[str, Any], sources: list[TensorSource]
 
 
 def _string_bytes(text: str) -> bytes:
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r:.80} is not a string")
     encoded = text.encode("utf-8", "surrogateescape")
     return _U64.pack(len(encoded)) + encoded
 
@@ -437,17 +439,16 @@ def _encode(value: Any, forced: str | None = None) -> tuple[int, bytes]:
         return _encode(value.value, value.type)
     if isinstance(value, np.ndarray | np.generic):
         return _encode(value.tolist(), forced or _NUMPY_TYPES.get(value.dtype))
-    if isinstance(value, str):
-        if forced not in (None, "string"):
-            raise TypeError(f"a string is not of type {forced}")
-        return _STRING, _string_bytes(value)
-    if not isinstance(value, Sequence):
-        number, code = _SCALARS[forced or _infer([value], _INTEGER_TYPES)]
+    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+        kind = forced or _infer([value], _INTEGER_TYPES)
+        if kind == "string":
+            return _STRING, _string_bytes(value)
+        number, code = _SCALARS[kind]
         return number, struct.pack("<" + code, value)
 
     elements = list(value)
     nested = bool(elements) and all(
-        isinstance(e, Sequence | np.ndarray) and not isinstance(e, str) for e in elements
+        isinstance(e, Sequence | np.ndarray) and not isinstance(e, str | bytes) for e in elements
     )
     kind = "array" if nested else forced or _infer(elements, _ARRAY_INTEGER_TYPES)
     if kind == "array":

@@ -286,11 +286,7 @@ def quantize(values: npt.ArrayLike, fmt: QuantFormat) -> Array:
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             if np.isfinite(chunk).all():
                 encode(chunk, encoded)
-                if all(
-                    np.isfinite(encoded[name]).all()
-                    for name in ("d", "m")
-                    if name in LAYOUTS[fmt.name].fields
-                ):
+                if all(np.isfinite(encoded[name]).all() for name in scale_fields):
                     continue
         raise CheckpointError(
             f"cannot quantize to {fmt.name}: expected finite values whose scale fits float16, found values "
@@ -316,7 +312,7 @@ uniformly random quants, scales and minima."""
 
 
 def random_blocks(fmt: QuantFormat, num_blocks: int, rng: np.random.Generator, *, std: float = 0.02) -> Bytes:
-    """Valid random blocks of any format, uint8 [num_blocks, block_bytes]; weights of mean 0 and about `std`."""
+    """Valid random blocks uint8 [num_blocks, block_bytes]: weights of mean about 0 and about `std`."""
     if fmt.block_size == 1:
         normal = rng.standard_normal(num_blocks, np.float32) * np.float32(std)
         array = normal.astype(np.float64) if fmt.name == "F64" else quantize(normal, fmt)

@@ -39,7 +39,10 @@ def oracle_quantize(fmt: QuantFormat, values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("fmt", BLOCK_FORMATS, **BY_NAME)
 def test_layout_has_the_size_of_the_block(fmt: QuantFormat) -> None:
     assert LAYOUTS[fmt.name].itemsize == fmt.block_bytes
-    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(fmt.ggml_type)] == (fmt.block_size, fmt.block_bytes)
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(fmt.ggml_type)] == (
+        fmt.block_size,
+        fmt.block_bytes,
+    )
 
 
 @pytest.mark.parametrize("fmt", [f for f in READABLE if f.name != "F64"], **BY_NAME)
@@ -138,8 +141,10 @@ def test_quantize_any_shape(fmt: QuantFormat, shape: tuple[int, ...]) -> None:
     assert ours.shape == (*shape[:-1], shape[-1] // 32 * fmt.block_bytes)
     if ours.size:
         assert (ours == oracle_quantize(fmt, values)).all()
+    # A whole step where the positive end is clipped, else half a step; and the rounding of d and m.
+    step = {"Q4_0": 1 / 8, "Q4_1": 1 / 15, "Q5_0": 1 / 16, "Q5_1": 1 / 31, "Q8_0": 1 / 254}[fmt.name]
     error = np.abs(dequantize(ours, fmt, shape) - values)
-    assert error.max(initial=0) <= np.abs(values).max(initial=0) * 2.0 ** -(fmt.block_bytes - 14) ** 0.5
+    assert error.max(initial=0) <= (step + 0.001) * np.abs(values).max(initial=0)
 
 
 @pytest.mark.parametrize("fmt", LEGACY, **BY_NAME)
@@ -159,7 +164,16 @@ def test_quantize_refuses_what_a_block_cannot_hold(fmt: QuantFormat, bad: float)
 
 
 def test_bf16_rounds_to_even_and_keeps_nan() -> None:
-    patterns = [0x3F808000, 0x3F818000, 0x3F808001, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0xFFFFFFFF, 0x80000000]
+    patterns = [
+        0x3F808000,
+        0x3F818000,
+        0x3F808001,
+        0x7F7FFFFF,
+        0x7F800000,
+        0x7F800001,
+        0xFFFFFFFF,
+        0x80000000,
+    ]
     values = np.array(patterns, np.uint32).view(np.float32)
     stored = quantize(values, FORMATS["BF16"])
     assert stored.tolist() == [0x3F80, 0x3F82, 0x3F81, 0x7F80, 0x7F80, 0x7FC0, 0xFFFF, 0x8000]
