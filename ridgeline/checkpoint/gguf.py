@@ -258,7 +258,7 @@ def _read_metadata(reader: _HeaderReader, num_keys: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for i in range(num_keys):
         key = reader.string(f"key {i} of {num_keys}")
-        where = f"key {key!r}"
+        where = f"key {key!r:.100}"
         if key in metadata:
             raise reader.damaged(where, expected="every key once", found="a second one")
         metadata[key] = reader.value(reader.number(_U32, f"{where} type"), where)
@@ -269,7 +269,7 @@ def _checked_alignment(reader: _HeaderReader, metadata: Mapping[str, Any]) -> in
     alignment = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
     if not _is_alignment(alignment):
         raise reader.damaged(
-            f"key {_ALIGNMENT_KEY!r}", expected="a power of two of at least 8", found=repr(alignment)
+            f"key {_ALIGNMENT_KEY!r}", expected="a power of two of at least 8", found=f"{alignment!r:.80}"
         )
     return int(alignment)
 
@@ -284,7 +284,7 @@ def _read_tensor_entries(reader: _HeaderReader, num_tensors: int, alignment: int
     names: set[str] = set()
     for i in range(num_tensors):
         name = reader.string(f"tensor {i} of {num_tensors}")
-        where = f"tensor {name!r}"
+        where = f"tensor {name!r:.100}"
         if name in names:
             raise reader.damaged(where, expected="every tensor once", found="a second one")
         names.add(name)
@@ -426,7 +426,7 @@ def _header(path: Path, metadata: Mapping[str, Any], sources: list[TensorSource]
     return b"".join(parts)
 
 
-def _string_bytes(text: str) -> bytes:
+def _string_bytes(text: object) -> bytes:
     if not isinstance(text, str):
         raise TypeError(f"{text!r:.80} is not a string")
     encoded = text.encode("utf-8", "surrogateescape")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import tracemalloc
+from operator import attrgetter
 
 import numpy as np
 import pytest
 
 from ridgeline.errors import CheckpointError
-from ridgeline.quant import gguf_blocks
 from ridgeline.quant.formats import FORMATS, QuantFormat
 from ridgeline.quant.gguf_blocks import LAYOUTS, dequantize, quantize, random_blocks
 
@@ -18,7 +18,7 @@ READABLE = [f for f in FORMATS.values() if f.ggml_type is not None]
 BLOCK_FORMATS = [FORMATS[name] for name in LAYOUTS]
 ENCODABLE = [FORMATS[name] for name in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
 LEGACY = [f for f in ENCODABLE if f.block_size == 32]
-BY_NAME = {"ids": lambda f: f.name}
+BY_NAME = attrgetter("name")
 
 
 def bits(array: np.ndarray) -> np.ndarray:
@@ -36,7 +36,7 @@ def oracle_quantize(fmt: QuantFormat, values: np.ndarray) -> np.ndarray:
         return np.asarray(gguf.quants.quantize(values, gguf.GGMLQuantizationType(fmt.ggml_type)))
 
 
-@pytest.mark.parametrize("fmt", BLOCK_FORMATS, **BY_NAME)
+@pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=BY_NAME)
 def test_layout_has_the_size_of_the_block(fmt: QuantFormat) -> None:
     assert LAYOUTS[fmt.name].itemsize == fmt.block_bytes
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(fmt.ggml_type)] == (
@@ -45,7 +45,7 @@ def test_layout_has_the_size_of_the_block(fmt: QuantFormat) -> None:
     )
 
 
-@pytest.mark.parametrize("fmt", [f for f in READABLE if f.name != "F64"], **BY_NAME)
+@pytest.mark.parametrize("fmt", [f for f in READABLE if f.name != "F64"], ids=BY_NAME)
 def test_dequantize_any_bytes_is_exact(fmt: QuantFormat) -> None:
     # Any bytes: scales that are subnormal, infinite and NaN are among them.
     raw = np.random.default_rng(0).integers(0, 256, (7, 600 * fmt.block_bytes), np.uint8)
@@ -53,7 +53,7 @@ def test_dequantize_any_bytes_is_exact(fmt: QuantFormat) -> None:
     assert (bits(dequantize(raw, fmt, (7, 600 * fmt.block_size))) == bits(expected)).all()
 
 
-@pytest.mark.parametrize("fmt", BLOCK_FORMATS, **BY_NAME)
+@pytest.mark.parametrize("fmt", BLOCK_FORMATS, ids=BY_NAME)
 def test_dequantize_subnormal_scales_is_exact(fmt: QuantFormat) -> None:
     rng = np.random.default_rng(1)
     raw = rng.integers(0, 256, (64, fmt.block_bytes), np.uint8)
@@ -73,7 +73,7 @@ def test_float64_stays_float64() -> None:
     assert (restored == values).all()
 
 
-@pytest.mark.parametrize("fmt", READABLE, **BY_NAME)
+@pytest.mark.parametrize("fmt", READABLE, ids=BY_NAME)
 def test_dequantize_gives_an_array_of_its_own(fmt: QuantFormat) -> None:
     raw = random_blocks(fmt, 4, np.random.default_rng(3))
     raw.flags.writeable = False
@@ -89,7 +89,7 @@ def test_dequantize_refuses_a_shape_that_does_not_fit(shape: tuple[int, ...]) ->
         dequantize(np.zeros(34, np.uint8), FORMATS["Q8_0"], shape)
 
 
-@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["Q4_1"]], **BY_NAME)
+@pytest.mark.parametrize("fmt", [FORMATS["Q4_K"], FORMATS["Q4_1"]], ids=BY_NAME)
 def test_dequantize_needs_little_more_memory_than_its_result(fmt: QuantFormat) -> None:
     num_blocks = (1 << 22) // fmt.block_size
     raw = random_blocks(fmt, num_blocks, np.random.default_rng(4))
@@ -97,7 +97,7 @@ def test_dequantize_needs_little_more_memory_than_its_result(fmt: QuantFormat) -
     values = dequantize(raw, fmt, (16, (1 << 22) // 16))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1.1 * values.nbytes + 16 * 4 * gguf_blocks.CHUNK_ELEMENTS / 4
+    assert peak < 1.2 * values.nbytes
 
 
 def awkward_rows() -> np.ndarray:
@@ -122,7 +122,7 @@ def awkward_rows() -> np.ndarray:
     return rows
 
 
-@pytest.mark.parametrize("fmt", ENCODABLE, **BY_NAME)
+@pytest.mark.parametrize("fmt", ENCODABLE, ids=BY_NAME)
 def test_quantize_is_byte_exact(fmt: QuantFormat) -> None:
     rows = awkward_rows()
     ours = quantize(rows, fmt)
@@ -133,7 +133,7 @@ def test_quantize_is_byte_exact(fmt: QuantFormat) -> None:
     assert ours.shape == (3000, 96 // fmt.block_size * fmt.block_bytes // ours.itemsize)
 
 
-@pytest.mark.parametrize("fmt", LEGACY, **BY_NAME)
+@pytest.mark.parametrize("fmt", LEGACY, ids=BY_NAME)
 @pytest.mark.parametrize("shape", [(0, 64), (32,), (1, 32), (3, 2, 224)])
 def test_quantize_any_shape(fmt: QuantFormat, shape: tuple[int, ...]) -> None:
     values = np.random.default_rng(6).standard_normal(shape).astype(np.float32)
@@ -147,14 +147,14 @@ def test_quantize_any_shape(fmt: QuantFormat, shape: tuple[int, ...]) -> None:
     assert error.max(initial=0) <= (step + 0.001) * np.abs(values).max(initial=0)
 
 
-@pytest.mark.parametrize("fmt", LEGACY, **BY_NAME)
+@pytest.mark.parametrize("fmt", LEGACY, ids=BY_NAME)
 def test_quantize_values_whose_scale_has_no_inverse(fmt: QuantFormat) -> None:
     values = np.full((1, 32), 1e-44, np.float32)
     values[0, 3] = -1e-44
     assert (np.abs(dequantize(quantize(values, fmt), fmt, (1, 32))) == 0).all()
 
 
-@pytest.mark.parametrize("fmt", LEGACY, **BY_NAME)
+@pytest.mark.parametrize("fmt", LEGACY, ids=BY_NAME)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 def test_quantize_refuses_what_a_block_cannot_hold(fmt: QuantFormat, bad: float) -> None:
     values = np.ones((2, 64), np.float32)
@@ -194,7 +194,7 @@ def test_quantize_refuses_a_part_of_a_block(shape: tuple[int, ...]) -> None:
         quantize(np.zeros(shape, np.float32), FORMATS["Q4_0"])
 
 
-@pytest.mark.parametrize("fmt", READABLE, **BY_NAME)
+@pytest.mark.parametrize("fmt", READABLE, ids=BY_NAME)
 @pytest.mark.parametrize("std", [0.02, 1.0])
 def test_random_blocks_have_the_wanted_spread(fmt: QuantFormat, std: float) -> None:
     num_blocks = 65536 // fmt.block_size

@@ -35,7 +35,7 @@ NASTY_WORDS = [
     *((1 << 63) - 1, 1 << 63, (1 << 63) - 8, (1 << 64) - 1, (1 << 64) - 8, (1 << 64) - 32),
 ]
 
-Outcome = Literal["read", "refused"]
+Outcome = Literal["read", "refused", "refused without a name"]
 
 
 class Victim:
@@ -56,6 +56,7 @@ class Victim:
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
+        assert outcome != "refused without a name"
         assert time.perf_counter() - start < MAX_SECONDS
         assert peak < MAX_BYTES_PER_BYTE * len(content) + FIXED_BYTES
         return outcome
@@ -65,8 +66,7 @@ def read_everything(path: Path) -> Outcome:
     try:
         checkpoint = read_gguf(path)
     except CheckpointError as error:
-        assert str(path) in str(error)
-        return "refused"
+        return "refused" if str(path) in str(error) else "refused without a name"
     size = path.stat().st_size
     for value in checkpoint.metadata.values():
         if isinstance(value, StringArray):
