@@ -14,17 +14,20 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing, suppress
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from ridgeline.engine.engine import LLMEngine, Prompt
 from ridgeline.errors import EngineDeadError, RequestError
 from ridgeline.logs import logger
 from ridgeline.request import RequestOutput
 from ridgeline.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from ridgeline.engine.engine import LLMEngine, Prompt
 
 
 class _Stream:
@@ -108,7 +111,7 @@ class AsyncEngine:
             raise EngineDeadError(f"the engine is not running: {self._stopped}")
 
     async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, computed beside the engine thread so that a long one does not stall decoding."""
+        """Token ids of a text, made beside the engine thread so that a long one does not stall decoding."""
         tokenizer = self.engine.tokenizer
         if tokenizer is None:
             raise RequestError(
@@ -123,12 +126,14 @@ class AsyncEngine:
         *,
         request_id: str | None = None,
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Yield the cumulative output whenever it grew. Closing the iterator aborts the request.
 
         Raises RequestError for a prompt that cannot be served, EngineDeadError when the engine stops.
         """
-        outputs = self.generate_all([prompt], params, request_ids=request_id and [request_id], priority=priority)
+        outputs = self.generate_all(
+            [prompt], params, request_ids=[request_id] if request_id else None, priority=priority
+        )
         async with aclosing(outputs):
             async for _, output in outputs:
                 yield output
@@ -141,7 +146,7 @@ class AsyncEngine:
         request_ids: Sequence[str] | None = None,
         priority: int = 0,
         every_step: bool = True,
-    ) -> AsyncIterator[tuple[int, RequestOutput]]:
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """The same for several prompts that arrive together: yields (prompt index, cumulative output).
 
         They are served all or none: one that is refused aborts the others. With every_step=False each
@@ -162,8 +167,9 @@ class AsyncEngine:
                     yield index, output
         finally:
             self._open.discard(stream)
-            if num_unfinished and self._stopped is None:
-                self._order(partial(self._abandon, stream, ids))
+            if num_unfinished:
+                with suppress(EngineDeadError):
+                    self._order(partial(self._abandon, stream, ids))
 
     def abort(self, request_id: str) -> None:
         """Stop a request; whoever iterates over it gets a last output with finish_reason "abort"."""

@@ -8,7 +8,6 @@ that would change the answer and that we do not have. Other unknown fields are l
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -39,7 +38,9 @@ NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 """Fields that would change the answer and that we do not have -> the values that ask for nothing."""
 
-IGNORED_FIELDS = frozenset({"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"})
+IGNORED_FIELDS = frozenset(
+    {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key"}
+)
 """Fields about the account, not about the answer."""
 
 _logged_fields: set[str] = set()
@@ -94,7 +95,9 @@ class GenerationBody(BaseModel):
 
     def sampling_params(self) -> SamplingParams:
         """Raises RequestError for a value out of range."""
-        given = {name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name, None) is not None}
+        given = {
+            name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name, None) is not None
+        }
         return SamplingParams(**(given | self._own_sampling()))
 
     def _own_sampling(self) -> dict[str, Any]:
@@ -122,7 +125,7 @@ class CompletionBody(GenerationBody):
         if isinstance(prompt, list) and prompt:
             if all(isinstance(item, str) for item in prompt):
                 return prompt
-            if all(isinstance(item, int) for item in prompt):
+            if all(type(item) is int for item in prompt):
                 return [prompt]
             if all(isinstance(item, list) for item in prompt):
                 return prompt
@@ -239,8 +242,3 @@ def _shortened(value: object) -> str:
     except (TypeError, ValueError):
         text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def error_body(message: str, *, kind: str, param: str | None = None, code: str | None = None) -> Mapping[str, Any]:
-    """An error in the form of the OpenAI API."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

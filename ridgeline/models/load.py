@@ -1,0 +1,126 @@
+"""From a file to a model: its config, its weights by canonical name, memory-mapped and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from ridgeline.checkpoint.checkpoint import Checkpoint, missing_tensor
+from ridgeline.checkpoint.gguf import read_gguf
+from ridgeline.checkpoint.safetensors import read_hf
+from ridgeline.config import LoadConfig, ModelConfig
+from ridgeline.errors import CheckpointError
+from ridgeline.logs import logger
+from ridgeline.models.registry import ModelSpec, expected_shapes, spec_for
+from ridgeline.models.surgery import change_config, change_kv_heads, unpermute
+from ridgeline.quant.formats import Weight
+
+IGNORED_TENSORS = ("rope_freqs.weight", "rotary_emb.inv_freq", "output_norm_enc.weight")
+"""Tensors that are read elsewhere or hold nothing that the config does not say."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model as data: nothing here belongs to a tensor library."""
+
+    config: ModelConfig
+    weights: Mapping[str, Weight]
+    """By canonical name; lm_head is the same object as embed_tokens where they are tied."""
+    checkpoint: Checkpoint | None
+    """None for a model that was made in memory."""
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a GGUF file or a Hugging Face directory. Raises CheckpointError, ModelNotFoundError."""
+    path = Path(path)
+    return read_hf(path) if path.is_dir() else read_gguf(path)
+
+
+def load_model(path: str | Path, load: LoadConfig | None = None) -> LoadedModel:
+    """Map a model and apply the load options.
+
+    Raises CheckpointError naming file and tensor when one is missing or has the wrong shape.
+    """
+    checkpoint = open_checkpoint(path)
+    file = str(checkpoint.path)
+    spec = spec_for(checkpoint.kind, checkpoint.metadata, file=file)
+    original = _read_config(checkpoint, spec, file)
+    weights = _read_weights(checkpoint, spec, original)
+    if original.tie_embeddings:
+        weights["lm_head"] = weights["embed_tokens"]
+    config = change_config(original, load or LoadConfig())
+    for name in list(weights):
+        if ".k_proj" in name or ".v_proj" in name:
+            weights[name] = change_kv_heads(
+                weights[name], current=original.num_kv_heads, wanted=config.num_kv_heads
+            )
+    return LoadedModel(config, weights, checkpoint)
+
+
+def _read_config(checkpoint: Checkpoint, spec: ModelSpec, file: str) -> ModelConfig:
+    if checkpoint.kind == "hf":
+        config = spec.config_from_hf(checkpoint.metadata, file=f"{file}/config.json")
+    else:
+        names = frozenset(checkpoint.tensors)
+        config = spec.config_from_gguf(checkpoint.metadata, file=file, tensors=names)
+        if "rope_freqs.weight" in names:
+            divisors = checkpoint.weight("rope_freqs.weight").dequantize()
+            if divisors.shape != (config.rope.rotary_dim // 2,) or not np.all(divisors > 0):
+                raise CheckpointError(
+                    f"{file}: rope_freqs.weight has shape {divisors.shape}; expected "
+                    f"{(config.rope.rotary_dim // 2,)} numbers above 0"
+                )
+            rope = replace(config.rope, freq_divisors=tuple(float(d) for d in divisors))
+            config = replace(config, rope=rope)
+    if config.num_heads % config.num_kv_heads:
+        raise CheckpointError(
+            f"{file}: {config.num_heads} query heads are not a multiple of {config.num_kv_heads} KV heads"
+        )
+    if config.rope.rotary_dim > config.head_dim or config.rope.rotary_dim % 2:
+        raise CheckpointError(
+            f"{file}: RoPE rotates {config.rope.rotary_dim} of {config.head_dim} features; expected an even "
+            "number of at most as many"
+        )
+    return config
+
+
+def _read_weights(checkpoint: Checkpoint, spec: ModelSpec, config: ModelConfig) -> dict[str, Weight]:
+    file, is_gguf = str(checkpoint.path), checkpoint.kind == "gguf"
+    to_file = spec.names.to_gguf if is_gguf else spec.names.to_hf
+    shapes = expected_shapes(config)
+    if len(shapes) > 16 * max(1, len(checkpoint.tensors)):
+        raise CheckpointError(
+            f"{file}: its {config.num_layers} layers need {len(shapes)} tensors; it has {len(checkpoint.tensors)}"
+        )
+    prefix = _hf_prefix(checkpoint)
+    weights: dict[str, Weight] = {}
+    used: set[str] = set()
+    for name, shape in shapes.items():
+        stored = to_file(name)
+        if not is_gguf and stored.startswith("model."):
+            stored = prefix + stored.removeprefix("model.")
+        if stored not in checkpoint.tensors:
+            raise missing_tensor(checkpoint.path, stored, checkpoint.tensors)
+        found = checkpoint.tensors[stored].shape
+        if found != shape:
+            raise CheckpointError(f"{file}: tensor {stored!r} has shape {found}; the config says {shape}")
+        used.add(stored)
+        weight = checkpoint.weight(stored)
+        if is_gguf and spec.gguf_permuted and (".q_proj" in name or ".k_proj" in name):
+            weight = unpermute(weight, num_heads=config.num_heads if ".q_proj" in name else config.num_kv_heads)
+        weights[name] = replace(weight, name=name)
+    unused = [n for n in checkpoint.tensors if n not in used and not n.endswith(IGNORED_TENSORS)]
+    if unused and not (config.tie_embeddings and unused == ["lm_head.weight"]):
+        logger.warning("%s: %d tensors are not used, such as %s", file, len(unused), ", ".join(unused[:3]))
+    return weights
+
+
+def _hf_prefix(checkpoint: Checkpoint) -> str:
+    """Multimodal checkpoints keep the text model one level down."""
+    for prefix in ("language_model.model.", "model.language_model."):
+        if any(name.startswith(prefix) for name in checkpoint.tensors):
+            return prefix
+    return "model."
