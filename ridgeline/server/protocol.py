@@ -98,7 +98,13 @@ class GenerationBody(BaseModel):
         given = {
             name: getattr(self, name) for name in SAMPLING_FIELDS if getattr(self, name, None) is not None
         }
-        return SamplingParams(**(given | self._own_sampling()))
+        try:
+            return SamplingParams(**(given | self._own_sampling()))
+        except FieldError:
+            raise
+        except RequestError as error:
+            field, _, _ = str(error).partition(":")
+            raise FieldError(str(error), param=field if field in SAMPLING_FIELDS else None) from None
 
     def _own_sampling(self) -> dict[str, Any]:
         """Sampling fields whose meaning differs between the two endpoints."""

@@ -1,0 +1,178 @@
+"""The blocks of the KV cache: who holds them, which are free, and which can be found again by content.
+
+A block is free (nobody holds it; it may still carry published content), or referenced by one or more tables.
+Full blocks are published under a chain hash of their tokens and all tokens before them, and are immutable from
+then on. A hash is believed only after the tokens and the parent block are compared. Free blocks are reused least
+recently freed first, so published content lives as long as there is room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+NO_BLOCK = -1
+"""Entry of a block table whose block was freed behind a sliding window."""
+
+HashFunction = Callable[[bytes, Sequence[int]], bytes]
+
+
+def chain_hash(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """Hash of a block: of its parent's hash and its tokens. Stable across processes."""
+    return hashlib.blake2b(array("q", token_ids).tobytes(), digest_size=16, key=parent).digest()
+
+
+@dataclass(slots=True)
+class Block:
+    """One block. Owner: BlockPool. `content` is set when it is published."""
+
+    block_id: int
+    ref_count: int = 0
+    content: Content | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What a published block holds: its tokens, and its place in a chain of blocks."""
+
+    hash: bytes
+    token_ids: tuple[int, ...]
+    parent: Content | None
+
+
+@dataclass(slots=True)
+class PoolStats:
+    """Counters since the pool was made; hit rate is hits over queries, in tokens."""
+
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
+    num_evicted_blocks: int = 0
+
+
+class BlockPool:
+    """Owns all blocks. Invariant: every block is either free or has a positive ref_count."""
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        enable_prefix_caching: bool,
+        hash_function: HashFunction = chain_hash,
+    ) -> None:
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.stats = PoolStats()
+        self.hash = hash_function
+        self._blocks = [Block(i) for i in range(num_blocks)]
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._published: dict[bytes, int] = {}
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that nobody holds, cached ones included."""
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks with ref_count 1, or None if there are not as many free. Evicts old content."""
+        if count > len(self._free):
+            return None
+        taken = []
+        for _ in range(count):
+            block_id, _ = self._free.popitem(last=False)
+            block = self._blocks[block_id]
+            if block.content is not None:
+                self._unpublish(block)
+                self.stats.num_evicted_blocks += 1
+            block.ref_count = 1
+            taken.append(block_id)
+        return taken
+
+    def lookup(self, hash_value: bytes, token_ids: Sequence[int], parent: Content | None) -> Content | None:
+        """The published content with this hash, these tokens and this parent; None otherwise."""
+        block_id = self._published.get(hash_value)
+        content = None if block_id is None else self._blocks[block_id].content
+        if content is None or content.parent is not parent or content.token_ids != tuple(token_ids):
+            return None
+        return content
+
+    def block_of(self, content: Content) -> int:
+        return self._published[content.hash]
+
+    def is_free(self, block_id: int) -> bool:
+        return block_id in self._free
+
+    def share(self, block_id: int) -> None:
+        """One more table holds a published block."""
+        block = self._blocks[block_id]
+        assert block.content is not None
+        if block.ref_count == 0:
+            del self._free[block_id]
+        block.ref_count += 1
+
+    def publish(self, block_id: int, token_ids: Sequence[int], parent: Content | None, hash_value: bytes) -> Content:
+        """Make a full block findable -> its content.
+
+        Equal content that is already published stays the one that is found, and both blocks live on: tables
+        only ever grow. Other content under the same hash (a collision, or a chain whose parent was evicted)
+        gives way.
+        """
+        block = self._blocks[block_id]
+        assert block.ref_count > 0 and block.content is None
+        existing = self.lookup(hash_value, token_ids, parent)
+        if existing is not None:
+            return existing
+        if hash_value in self._published:
+            self._blocks[self._published[hash_value]].content = None
+        block.content = Content(hash_value, tuple(token_ids), parent)
+        self._published[hash_value] = block_id
+        return block.content
+
+    def free(self, block_ids: Iterable[int]) -> None:
+        """Drop one reference of each, in this order: what comes first is evicted first."""
+        for block_id in block_ids:
+            block = self._blocks[block_id]
+            assert block.ref_count > 0
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self._free[block_id] = None
+                if block.content is None:
+                    self._free.move_to_end(block_id, last=False)
+
+    def _unpublish(self, block: Block) -> None:
+        assert block.content is not None
+        del self._published[block.content.hash]
+        block.content = None
+
+    def counts(self) -> dict[str, int]:
+        """Blocks that are free and empty, cached (free with content) and referenced; they add up to all."""
+        cached = sum(1 for i in self._free if self._blocks[i].content is not None)
+        return {
+            "free": len(self._free) - cached,
+            "cached": cached,
+            "referenced": len(self._blocks) - len(self._free),
+        }
+
+    def check_invariants(self, tables: Iterable[Sequence[int]]) -> None:
+        """Assert that reference counts are what the tables say, and that the index points at its content."""
+        held: dict[int, int] = {}
+        for table in tables:
+            for block_id in table:
+                if block_id != NO_BLOCK:
+                    held[block_id] = held.get(block_id, 0) + 1
+        for block in self._blocks:
+            assert block.ref_count == held.get(block.block_id, 0), (block, held.get(block.block_id, 0))
+            assert (block.block_id in self._free) == (block.ref_count == 0), block
+            if block.content is not None:
+                assert self._published[block.content.hash] == block.block_id
+                assert len(block.content.token_ids) == self.block_size
+        assert len(self._published) == sum(1 for b in self._blocks if b.content is not None)
+
+
