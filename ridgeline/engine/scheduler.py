@@ -105,6 +105,7 @@ class Scheduler:
         self._max_tokens = max_model_len if capacity is None else min(max_model_len, capacity)
         self._max_model_len = max_model_len
         self._eos = eos_token_ids
+        self._watermark = -(-manager.pool.num_blocks // 100)
         self._requests: dict[str, Request] = {}
         self._order: dict[str, tuple[int, float, int]] = {}
         self._waiting: list[Request] = []
@@ -300,7 +301,7 @@ class Scheduler:
             budget -= num_new
 
     def _has_room(self, request: Request, matched: list[Content]) -> bool:
-        """Blocks for all its tokens, and one spare for each running request to grow into (the watermark).
+        """Blocks for all its tokens, and some spare for the running ones to grow into (the watermark).
 
         A request that would run alone is always admitted.
         """
@@ -311,7 +312,7 @@ class Scheduler:
         else:
             needed = self._manager.num_blocks_for(request.num_tokens)
         needed += self._manager.num_unheld(matched) - len(matched)
-        return needed + len(self._running) <= self._manager.pool.num_free
+        return needed + self._watermark <= self._manager.pool.num_free
 
     def _is_being_computed(self, request: Request, index: int) -> bool:
         """True while a running request computes the full block that this one would need next.

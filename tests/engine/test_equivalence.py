@@ -24,7 +24,8 @@ PENALISED = SamplingParams(temperature=0.0, repetition_penalty=1.3, presence_pen
 WAYS = {
     "batched": {},
     "chunked": {"max_num_batched_tokens": 9, "max_num_seqs": 7},
-    "preempted": {"kv_cache_tokens": 6 * 32},
+    "preempted": {"kv_cache_tokens": 5 * 32, "enable_prefix_caching": False},
+    "preempted, prefix cache": {"kv_cache_tokens": 5 * 32},
     "one at a time": {"batching": "none"},
     "static": {"batching": "static", "max_num_seqs": 4},
     "contiguous": {"kv_layout": "contiguous"},
@@ -111,7 +112,7 @@ def test_native_and_eager_agree_in_float32(case):
 def test_preemption_really_happened(case):
     model, requests, _ = case
     llm = engine(model, **WAYS["preempted"])
-    for prompt, params in requests:
+    for prompt, params in requests:  # more than fits: some must give way
         llm.add_request({"prompt_token_ids": prompt}, params)
     preempted = 0
     while llm.has_unfinished:

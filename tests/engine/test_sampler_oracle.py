@@ -48,8 +48,8 @@ class Row:
 
 def additive_penalties(params: SamplingParams) -> Any:
     def apply(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        counts = torch.bincount(input_ids[0, NUM_PROMPT:], minlength=scores.shape[1])
-        return scores - params.presence_penalty * (counts > 0) - params.frequency_penalty * counts
+        counts = torch.bincount(input_ids[0, NUM_PROMPT:], minlength=scores.shape[1]).to(scores.dtype)
+        return scores - params.presence_penalty * counts.clamp(max=1) - params.frequency_penalty * counts
 
     return apply
 
@@ -76,9 +76,9 @@ def processors_of(params: SamplingParams) -> LogitsProcessorList:
 
 
 def draw(name: str, rng: np.random.Generator, vocab_size: int) -> Any:
-    """A value of one parameter, never its neutral one."""
+    """A value of one parameter, never its neutral one; biases are ones that float32 holds, as theirs are."""
     return {
-        "logit_bias": lambda: {int(i): float(rng.normal() * 5) for i in rng.integers(0, vocab_size, 3)},
+        "logit_bias": lambda: {int(i): rng.integers(-320, 320) / 64 for i in rng.integers(0, vocab_size, 3)},
         "repetition_penalty": lambda: float(rng.choice([rng.uniform(0.3, 0.9), rng.uniform(1.1, 3.0)])),
         "presence_penalty": lambda: float(rng.uniform(-2, 2)),
         "frequency_penalty": lambda: float(rng.uniform(-2, 2)),
