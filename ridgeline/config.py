@@ -78,6 +78,7 @@ class ModelConfig:
     rope_local: RopeConfig | None = None
     """RoPE of the sliding-window layers where it differs (Gemma 3)."""
     qkv_bias: bool = False
+    o_bias: bool = False
     qk_norm: bool = False
     post_norms: bool = False
     """A second norm after attention and after the MLP, before the residual add (Gemma)."""

@@ -1,7 +1,7 @@
 """Weight names as data: canonical <-> Hugging Face <-> GGUF, one table for each family.
 
-`{}` stands for the layer number. A table maps the canonical stem to the stems of the two kinds of file; weights
-and biases follow by suffix: canonical "layers.3.q_proj" and "layers.3.q_proj.bias".
+`{}` stands for the layer number. A table maps the canonical stem to the stems of the two kinds of file;
+weights and biases follow by suffix: canonical "layers.3.q_proj" and "layers.3.q_proj.bias".
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ class NameTable:
 def _generalise(stem: str) -> tuple[str, str]:
     """The stem with its first number replaced by {}, and that number."""
     found = re.search(r"(?<=\.)\d+(?=\.)", stem)
-    return (stem, "") if found is None else (stem[: found.start()] + "{}" + stem[found.end() :], found.group())
+    if found is None:
+        return stem, ""
+    return f"{stem[: found.start()]}{{}}{stem[found.end() :]}", found.group()
 
 
 LLAMA = NameTable(
@@ -71,7 +73,10 @@ GEMMA3 = NameTable(
     | {
         "layers.{}.q_norm": ("model.layers.{}.self_attn.q_norm", "blk.{}.attn_q_norm"),
         "layers.{}.k_norm": ("model.layers.{}.self_attn.k_norm", "blk.{}.attn_k_norm"),
-        "layers.{}.post_attn_norm": ("model.layers.{}.post_attention_layernorm", "blk.{}.post_attention_norm"),
+        "layers.{}.post_attn_norm": (
+            "model.layers.{}.post_attention_layernorm",
+            "blk.{}.post_attention_norm",
+        ),
         "layers.{}.mlp_norm": ("model.layers.{}.pre_feedforward_layernorm", "blk.{}.ffn_norm"),
         "layers.{}.post_mlp_norm": ("model.layers.{}.post_feedforward_layernorm", "blk.{}.post_ffw_norm"),
     }

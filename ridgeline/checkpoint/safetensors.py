@@ -1,8 +1,10 @@
 """Hugging Face directories: config.json and one or many safetensors files, memory-mapped.
 
-A safetensors file is a little-endian u64 header length, that many bytes of JSON (name -> dtype, shape,
-data_offsets), then the data. The header is read here rather than by the library because numpy has no bfloat16
-and because every damage must end in one clear error.
+    u64 header length | header: JSON, name -> dtype, shape, data_offsets | data, without holes or overlaps
+
+The header is read here rather than by the safetensors library because numpy has no bfloat16 (it is exposed
+as uint16) and because every damage must end in one clear error.
+Source: the format section of the safetensors README.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,47 +19,59 @@ from typing import Any, Literal
 
 from ridgeline.checkpoint.checkpoint import TensorEntry, map_weight, missing_tensor
 from ridgeline.errors import CheckpointError, ModelNotFoundError
-from ridgeline.quant.formats import FORMATS, Weight
+from ridgeline.quant.formats import FORMATS, QuantFormat, Weight
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
-DTYPES = {"F64": "F64", "F32": "F32", "F16": "F16", "BF16": "BF16"}
+DTYPES = {name: FORMATS[name] for name in ("F64", "F32", "F16", "BF16")}
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class HFCheckpoint:
-    """An opened directory. `metadata` is config.json, completed from generation_config.json."""
+    """An opened directory. `metadata` is config.json, its eos_token_id that of generation_config.json."""
 
     path: Path
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     mappings: Mapping[Path, mmap.mmap]
-    kind: Literal["gguf", "hf"] = "hf"
+    kind: Literal["hf"] = "hf"
 
     def weight(self, name: str) -> Weight:
+        """The tensor, memory-mapped. `CheckpointError` if there is none of that name."""
         if name not in self.tensors:
             raise missing_tensor(self.path, name, self.tensors)
         entry = self.tensors[name]
         return map_weight(entry, self.mappings[entry.file])
 
 
-def read_hf(directory: str | Path) -> HFCheckpoint:
-    """Open a directory with config.json and *.safetensors. Raises CheckpointError, ModelNotFoundError."""
+def read_hf(directory: str | os.PathLike[str]) -> HFCheckpoint:
+    """Open a directory with config.json and *.safetensors.
+
+    `CheckpointError` for any damage, `ModelNotFoundError` where there is no config.json.
+    """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
-        raise ModelNotFoundError(f"{directory} has no config.json; expected a Hugging Face model directory")
+        raise ModelNotFoundError(
+            f"{directory}: expected a Hugging Face model directory, found no config.json; check the path"
+        )
     metadata = read_json(directory / "config.json")
     generation = directory / "generation_config.json"
     if generation.is_file():
+        # Chat models end a turn with more tokens than config.json knows.
         eos = read_json(generation).get("eos_token_id")
-        metadata = metadata | ({} if eos is None else {"eos_token_id": eos})
+        metadata |= {} if eos is None else {"eos_token_id": eos}
+
     tensors: dict[str, TensorEntry] = {}
     mappings: dict[Path, mmap.mmap] = {}
     for file in _files(directory):
         entries, mappings[file] = read_safetensors(file)
         for name, entry in entries.items():
             if name in tensors:
-                raise CheckpointError(f"tensor {name!r} is in {tensors[name].file} and again in {file}")
+                raise CheckpointError(
+                    f"{file}: expected every tensor once, found {name!r:.100}, which is in "
+                    f"{tensors[name].file.name} too; remove the file that does not belong here"
+                )
             tensors[name] = entry
     return HFCheckpoint(directory, metadata, tensors, mappings)
 
@@ -66,105 +79,135 @@ def read_hf(directory: str | Path) -> HFCheckpoint:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file; anything else is a CheckpointError."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        return _json_object(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON: {error}") from None
+        raise CheckpointError(f"{path}: expected a JSON object, found none: {error}") from None
+
+
+def _json_object(text: bytes) -> dict[str, Any]:
+    """Raises ValueError, also for a key that is there twice: readers differ in which one they believe."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key appears twice")
+        return found
+
+    document = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, found {type(document).__name__}")
+        raise ValueError(f"it is of type {type(document).__name__}")
     return document
 
 
 def _files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-            raise CheckpointError(f"{index}: expected weight_map, an object of tensor name -> file name")
-        files = [directory / Path(name).name for name in sorted(set(weight_map.values()))]
+    """What the index names, else model.safetensors, else every safetensors file."""
+    present = {path.name for path in directory.glob("*.safetensors")}
+    if (directory / INDEX).is_file():
+        weight_map = read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{directory / INDEX}: expected weight_map: tensor name -> file name")
+        names = set(weight_map.values())
     else:
-        files = sorted(directory.glob("*.safetensors"))
-    missing = [f for f in files if not f.is_file()]
-    if missing or not files:
+        names = {"model.safetensors"} & present or present
+    missing = sorted(names - present)
+    if missing or not names:
         raise CheckpointError(
-            f"{directory}: {missing[0].name} is missing" if missing else f"{directory}: no *.safetensors file"
+            f"{directory}: expected {'a *.safetensors file' if not missing else repr(missing[0])[:100]}, found "
+            f"{', '.join(sorted(present)) or 'none'}; fetch the model again"
         )
-    return files
+    return [directory / name for name in sorted(names)]
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, TensorEntry], mmap.mmap]:
-    """Entries of one file and its mapping. Raises CheckpointError naming what is wrong."""
-    size = path.stat().st_size
-    if size < 8:
-        raise CheckpointError(f"{path}: {size} bytes; a safetensors file begins with a header length of 8 bytes")
-    with open(path, "rb") as file:
-        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    header_bytes = int.from_bytes(mapping[:8], "little")
-    if header_bytes > min(size - 8, MAX_HEADER_BYTES):
-        raise CheckpointError(f"{path}: the header is said to be {header_bytes} bytes long; the file has {size}")
+    """Entries of one file, and its mapping. `CheckpointError` for any damage."""
+
+    def damaged(where: str, expected: str, found: object) -> CheckpointError:
+        return CheckpointError(
+            f"{path}: {where}: expected {expected}, found {found!s:.200}; the file is damaged, incomplete "
+            "or not supported: fetch it again"
+        )
+
     try:
-        header = json.loads(mapping[8 : 8 + header_bytes].decode("utf-8"))
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise damaged("header length", "8 bytes", f"{size}")
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise CheckpointError(f"{path}: expected a readable file, found: {error.strerror}") from None
+    header_bytes = int.from_bytes(mapping[:8], "little")
+    room = min(size - 8, MAX_HEADER_BYTES)
+    if header_bytes > room:
+        raise damaged("header length", f"at most {room}", header_bytes)
+    try:
+        header = _json_object(mapping[8 : 8 + header_bytes])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the header is not JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the header is not a JSON object")
+        raise damaged("header", "a JSON object", error) from None
     header.pop("__metadata__", None)
+
     start = 8 + header_bytes
-    entries = {name: _entry(path, name, value, start, size) for name, value in header.items()}
-    end = 0
+    entries: dict[str, TensorEntry] = {}
+    for name, value in header.items():
+        where = f"tensor {name!r:.100}"
+        stated = value if isinstance(value, dict) else {}
+        dtype: Any = stated.get("dtype")
+        shape: Any = stated.get("shape")
+        offsets: Any = stated.get("data_offsets")
+        if not isinstance(dtype, str) or dtype not in DTYPES:
+            raise damaged(where, f"a dtype of {', '.join(DTYPES)}", repr(dtype))
+        if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+            raise damaged(where, "shape and two data_offsets", value)
+        if not offsets[0] <= offsets[1] <= size - start:
+            raise damaged(where, f"its data inside the {size - start} bytes that there are", offsets)
+        num_bytes = DTYPES[dtype].num_bytes(tuple(shape))
+        if num_bytes != offsets[1] - offsets[0]:
+            raise damaged(where, f"{num_bytes} bytes for {dtype} of shape {shape}", offsets[1] - offsets[0])
+        entries[name] = TensorEntry(name, DTYPES[dtype], tuple(shape), start + offsets[0], num_bytes, path)
+
+    end = start
     for entry in sorted(entries.values(), key=lambda e: (e.offset, e.num_bytes)):
-        if entry.offset < end:
-            raise CheckpointError(f"{path}: tensor {entry.name!r} overlaps the one before it")
-        end = entry.offset + entry.num_bytes
+        if entry.offset != end:
+            raise damaged(f"tensor {entry.name!r:.100}", f"its data at byte {end}", f"byte {entry.offset}")
+        end += entry.num_bytes
+    if end != size:
+        raise damaged("data", f"{end - start} bytes", size - start)
     return entries, mapping
 
 
-def _entry(path: Path, name: str, value: Any, start: int, size: int) -> TensorEntry:
-    def is_sizes(candidate: Any) -> bool:
-        return isinstance(candidate, list) and all(type(n) is int and 0 <= n < 2**48 for n in candidate)
-
-    if not isinstance(value, dict) or not is_sizes(value.get("shape")) or not is_sizes(value.get("data_offsets")):
-        raise CheckpointError(f"{path}: tensor {name!r} has no valid shape and data_offsets")
-    dtype, shape, offsets = value.get("dtype"), tuple(value["shape"]), value["data_offsets"]
-    if dtype not in DTYPES:
-        raise CheckpointError(f"{path}: tensor {name!r} has dtype {dtype!r}; supported: {', '.join(DTYPES)}")
-    if len(offsets) != 2 or not offsets[0] <= offsets[1] <= size - start:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} lies at bytes {offsets} of the data; the file has {size - start} of them"
-        )
-    num_bytes = FORMATS[DTYPES[dtype]].num_bytes(shape)
-    if num_bytes != offsets[1] - offsets[0]:
-        raise CheckpointError(
-            f"{path}: tensor {name!r} of shape {shape} in {dtype} needs {num_bytes} bytes; it has "
-            f"{offsets[1] - offsets[0]}"
-        )
-    return TensorEntry(name, FORMATS[DTYPES[dtype]], shape, start + offsets[0], num_bytes, path)
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 def write_safetensors(
-    path: str | Path, tensors: Iterable[tuple[str, str, tuple[int, ...]]], chunks: Iterable[bytes | memoryview]
+    path: str | os.PathLike[str],
+    tensors: Iterable[tuple[str, QuantFormat, tuple[int, ...]]],
+    chunks: Iterable[bytes | memoryview],
 ) -> None:
-    """Write (name, dtype, shape) and their bytes, in order, through a temporary file.
+    """Write tensors (name, format, shape) and their bytes, one after the other in the same order.
 
-    The data is streamed: `chunks` may cut it anywhere. Raises ValueError if it is not as long as declared.
+    The data is streamed (`chunks` may cut it anywhere), and `path` appears only when it is complete.
+    Raises CheckpointError for a format that safetensors does not have, and if the data is not as long as
+    declared.
     """
-    header: dict[str, Any] = {}
-    offset = 0
-    for name, dtype, shape in tensors:
-        num_bytes = FORMATS[dtype].num_bytes(shape)
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + num_bytes]}
-        offset += num_bytes
-    encoded = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
-    encoded += b" " * (-len(encoded) % 8)
     path = Path(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    total = 0
+    for name, fmt, shape in tensors:
+        if fmt.name not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r}: expected {', '.join(DTYPES)}, got {fmt.name}")
+        end = total + fmt.num_bytes(shape)
+        header[name] = {"dtype": fmt.name, "shape": list(shape), "data_offsets": [total, end]}
+        total = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb") as file:
             file.write(len(encoded).to_bytes(8, "little") + encoded)
             written = sum(file.write(chunk) for chunk in chunks)
-            if written != offset:
-                raise ValueError(f"{path}: {offset} bytes were declared, {written} were given")
-            file.flush()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        if written != total:
+            raise CheckpointError(f"{path}: {total} bytes were declared, {written} were given")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """Which tokens of which requests are computed in the next step: plain Python, no tensors, no phases.
 
-Every request has `num_computed_tokens`; a step lets it catch up with its tokens. Prefill, chunked prefill, decode,
+Every request has `num_computed_tokens`; a step lets it catch up with its tokens. Prefill, chunks, decode,
 prefix hits and recomputation after preemption are the same thing with different numbers, and so are the
 switches: no batching is one sequence, no cache is a counter set back to 0, static batching is admission
 only when a batch has ended. The result is a `StepPlan`, the contract between deciding and computing.
@@ -9,7 +9,7 @@ only when a batch has ended. The result is a `StepPlan`, the contract between de
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ridgeline.config import SchedulerConfig
@@ -30,8 +30,8 @@ class SamplingRow:
     """Index of the output token to be chosen: the counter of the random hash."""
     forbidden_token_ids: tuple[int, ...] = ()
     """Tokens that may not be chosen yet (min_tokens)."""
-    prompt_token_ids: Sequence[int] = ()
-    output_token_ids: Sequence[int] = ()
+    prompt_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
     """Both only where params.needs_history."""
     prompt_targets: tuple[int, ...] = ()
     """With prompt_logprobs: the prompt tokens that the first logit rows predict, in order."""
@@ -94,16 +94,18 @@ class Scheduler:
     ) -> None:
         """`config` is resolved: its None fields are decided."""
         assert config.max_num_batched_tokens is not None and config.enable_chunked_prefill is not None
-        self._manager = manager
+        assert kv_cache or not manager.pool.enable_prefix_caching
+        self.manager = manager
         self._static = config.batching == "static"
-        self._max_num_seqs = config.max_num_seqs
+        self._max_num_seqs = 1 if config.batching == "none" else config.max_num_seqs
         self._budget = config.max_num_batched_tokens
         self._chunked = config.enable_chunked_prefill
         self._kv_cache = kv_cache
-        capacity = manager.max_request_tokens(self._budget)
-        self._capacity = capacity
-        self._max_tokens = max_model_len if capacity is None else min(max_model_len, capacity)
         self._max_model_len = max_model_len
+        # Static batching reserves all blocks at once, so a window frees none.
+        self._capacity = manager.num_slots if self._static else manager.max_request_tokens(self._budget)
+        limits = (self._capacity, None if self._chunked else self._budget)
+        self._max_tokens = min([max_model_len, *(n for n in limits if n is not None)])
         self._eos = eos_token_ids
         self._watermark = -(-manager.pool.num_blocks // 100)
         self._requests: dict[str, Request] = {}
@@ -114,6 +116,8 @@ class Scheduler:
         """Static batching: members of the batch, the finished ones included."""
         self._num_scored: dict[str, int] = {}
         """Prompt tokens whose log-probabilities were given out."""
+        self._admitted: dict[str, int] = {}
+        """Step in which a running request was admitted: rows of earlier plans are not its own."""
         self._finished: list[str] = []
         self._num_steps = 0
         self._num_added = 0
@@ -136,19 +140,25 @@ class Scheduler:
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise RequestError("the prompt is empty; give at least one token")
-        if num_prompt >= self._max_model_len:
+        if num_prompt < self._max_tokens:
+            return
+        given = f"prompt has {num_prompt} tokens"
+        if self._max_tokens == self._max_model_len:
             raise RequestError(
-                f"the prompt has {num_prompt} tokens; with max_model_len={self._max_model_len} at most "
-                f"{self._max_model_len - 1} leave room for an answer. Shorten it or raise max_model_len"
+                f"{given}; with max_model_len={self._max_model_len} at most {self._max_model_len - 1} leave "
+                "room for an answer. Shorten it, or raise max_model_len"
             )
-        if num_prompt >= self._max_tokens:
-            assert self._capacity is not None
-            block_size = self._manager.block_size
+        if self._max_tokens == self._capacity:
+            block_size = self.manager.block_size
             raise RequestError(
-                f"the prompt has {num_prompt} tokens; the KV cache holds {self._capacity} "
-                f"({self._capacity // block_size} blocks of {block_size}) and the answer needs some. Shorten the "
-                "prompt or give the cache more memory (kv_cache_memory_bytes, kv_cache_tokens)"
+                f"{given}; the cache holds {self._capacity} ({self._capacity // block_size} blocks of "
+                f"{block_size}), one of them for the answer. Shorten it, or give the cache more memory "
+                "(kv_cache_memory_bytes, kv_cache_tokens)"
             )
+        raise RequestError(
+            f"{given}; without chunked prefill at most max_num_batched_tokens={self._budget} are computed in "
+            "one step, one of them for the answer. Shorten it, raise max_num_batched_tokens, or chunk prefill"
+        )
 
     def add(self, request: Request) -> None:
         """Queue a request that `validate` accepted."""
@@ -188,12 +198,12 @@ class Scheduler:
         changed: list[Request] = []
         for row in plan.rows:
             request = self._requests.get(row.request_id)
-            if request is None or request.status is not RequestStatus.RUNNING or not row.token_ids:
+            if request is None or plan.step < self._admitted.get(row.request_id, plan.step + 1):
                 continue
-            if request.num_computed_tokens != row.start:
+            if not row.token_ids or row.start != request.num_computed_tokens:
                 continue
             request.num_computed_tokens += len(row.token_ids)
-            self._manager.publish(request)
+            self.manager.publish(request)
             if row.sampling is not None:
                 self._num_scored[row.request_id] = self._num_scored.get(row.request_id, 0) + len(
                     row.sampling.prompt_targets
@@ -205,30 +215,37 @@ class Scheduler:
                 request.num_computed_tokens = 0
         return changed
 
+    @property
+    def kv_cache_usage_ratio(self) -> float:
+        """Share of the blocks that requests hold, 0 to 1."""
+        pool = self.manager.pool
+        return 1.0 - pool.num_free / pool.num_blocks
+
     def snapshot(self) -> SchedulerSnapshot:
         """Plain data about this moment."""
         return SchedulerSnapshot(
             tuple(r.request_id for r in self._running),
             tuple(r.request_id for r in self._waiting),
-            self._manager.pool.counts(),
-            {r.request_id: tuple(self._manager.table(r)) for r in self._running},
+            self.manager.pool.counts(),
+            {r.request_id: tuple(self.manager.table(r)) for r in self._running},
             self.num_preemptions,
         )
 
     def check_invariants(self) -> None:
         """Assert what must hold between steps."""
-        self._manager.check_invariants()
+        self.manager.check_invariants()
         assert len(self._waiting) + len(self._running) == len(self._requests)
         assert len(self._running) <= self._max_num_seqs
+        assert self._admitted.keys() == {r.request_id for r in self._running}
         for queue, status in ((self._waiting, RequestStatus.WAITING), (self._running, RequestStatus.RUNNING)):
             assert queue == sorted(queue, key=self._key)
             for request in queue:
                 assert request.status is status
                 assert request.num_computed_tokens <= request.num_tokens <= self._max_tokens
         for request in self._waiting:
-            assert request.num_computed_tokens == 0 and not self._manager.table(request)
+            assert request.num_computed_tokens == 0 and not self.manager.table(request)
         for request in self._running:
-            assert self._manager.num_missing(request, request.num_computed_tokens) == 0
+            assert self.manager.num_missing(request, request.num_computed_tokens) == 0
 
     def _key(self, request: Request) -> tuple[int, float, int]:
         return self._order[request.request_id]
@@ -247,7 +264,7 @@ class Scheduler:
             num_new = self._grant(wanted, budget)
             if num_new == 0:
                 continue
-            while not self._manager.allocate(request, request.num_computed_tokens + num_new):
+            while not self.manager.allocate(request, request.num_computed_tokens + num_new):
                 victim = self._running[-1]
                 budget += planned.pop(victim.request_id, 0)
                 self._preempt(victim)
@@ -269,8 +286,9 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         """Take a running request's blocks; it computes its tokens again later (published blocks may help)."""
-        self._manager.free(request)
+        self.manager.free(request)
         self._running.remove(request)
+        del self._admitted[request.request_id]
         request.num_computed_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
@@ -281,53 +299,65 @@ class Scheduler:
         for request in list(self._waiting):
             if budget <= 0 or len(self._running) >= self._max_num_seqs:
                 return
-            matched = self._manager.match_prefix(request)
+            matched = self.manager.match_prefix(request)
             if self._is_being_computed(request, len(matched)):
                 continue
-            num_matched = len(matched) * self._manager.block_size
+            num_matched = len(matched) * self.manager.block_size
             num_new = self._grant(request.num_tokens - num_matched, budget)
             if num_new == 0 or not self._has_room(request, matched):
                 return
-            self._waiting.remove(request)
-            self._manager.adopt(request, matched)
-            has_blocks = self._manager.allocate(request, num_matched + num_new)
+            self.manager.adopt(request, matched)
+            has_blocks = self.manager.allocate(request, num_matched + num_new)
             assert has_blocks, "there was room a moment ago"
-            request.num_computed_tokens = num_matched
-            if request.num_preemptions == 0:
-                request.num_cached_tokens = num_matched
-            request.status = RequestStatus.RUNNING
-            insort(self._running, request, key=self._key)
+            self._run(request)
             planned[request.request_id] = num_new
             budget -= num_new
 
-    def _has_room(self, request: Request, matched: list[Content]) -> bool:
-        """Blocks for all its tokens, and some spare for the running ones to grow into (the watermark).
+    def _run(self, request: Request) -> None:
+        """Move a request that has its blocks from waiting to running."""
+        self._waiting.remove(request)
+        request.status = RequestStatus.RUNNING
+        self._admitted[request.request_id] = self._num_steps
+        insort(self._running, request, key=self._key)
 
-        A request that would run alone is always admitted.
-        """
+    def _has_room(self, request: Request, matched: list[Content]) -> bool:
+        """Blocks for what it and the running ones are about to need. Alone it is always admitted."""
         if not self._running:
             return True
-        if self._capacity is None:  # windowed: old blocks are freed as it proceeds
-            needed = self._manager.num_blocks_for(min(request.num_tokens, self._budget))
-        else:
-            needed = self._manager.num_blocks_for(request.num_tokens)
-        needed += self._manager.num_unheld(matched) - len(matched)
-        return needed + self._watermark <= self._manager.pool.num_free
+        manager = self.manager
+        num_matched = len(matched) * manager.block_size
+        needed = manager.num_blocks_for(self._soon(request, num_matched)) - len(matched)
+        needed += manager.num_unheld(matched)
+        needed += sum(manager.num_missing(r, self._soon(r, r.num_computed_tokens)) for r in self._running)
+        return needed <= manager.pool.num_free
+
+    def _soon(self, request: Request, num_computed: int) -> int:
+        """Tokens to keep blocks for when admitting: all it has, and a block to grow into (the watermark)."""
+        block_size = self.manager.block_size
+        most = min(self._most_tokens(request), request.num_tokens + block_size)
+        if self._capacity is None:  # windowed: a step from now, blocks behind it are free again
+            most = min(most, num_computed + self._budget + block_size)
+        return most
+
+    def _most_tokens(self, request: Request) -> int:
+        """Tokens that a request ends with at the latest."""
+        limit = request.params.max_tokens
+        return (
+            self._max_tokens
+            if limit is None
+            else min(self._max_tokens, len(request.prompt_token_ids) + limit)
+        )
 
     def _is_being_computed(self, request: Request, index: int) -> bool:
         """True while a running request computes the full block that this one would need next.
 
         Waiting for it turns 32 equal prefixes into one computation. The other is running, so it proceeds.
         """
-        manager = self._manager
-        if not manager.pool.enable_prefix_caching or request.params.prompt_logprobs is not None:
+        if not self.manager.may_reuse(request):
             return False
-        if index >= (request.num_tokens - 1) // manager.block_size:
-            return False
-        end = (index + 1) * manager.block_size
-        wanted = manager.block_hash(request, index)
+        end = (index + 1) * self.manager.block_size
         return any(
-            other.num_computed_tokens < end <= other.num_tokens and manager.block_hash(other, index) == wanted
+            other.num_computed_tokens < end and self.manager.is_same_block(request, other, index)
             for other in self._running
         )
 
@@ -350,15 +380,12 @@ class Scheduler:
         batch: list[Request] = []
         longest = 0
         for request in list(self._waiting):
-            limit = request.params.max_tokens
-            most = self._max_tokens if limit is None else min(self._max_tokens, request.num_tokens + limit)
+            most = self._most_tokens(request)
             longest = max(longest, request.num_tokens if self._kv_cache else most)
             full = len(batch) >= self._max_num_seqs or (len(batch) + 1) * longest > self._budget
-            if batch and full or not self._manager.allocate(request, most):
+            if (batch and full) or not self.manager.allocate(request, most):
                 break
-            self._waiting.remove(request)
-            request.status = RequestStatus.RUNNING
-            insort(self._running, request, key=self._key)
+            self._run(request)
             batch.append(request)
         return batch
 
@@ -384,16 +411,18 @@ class Scheduler:
                 params,
                 request.seed,
                 num_output,
-                forbidden_token_ids=(*self._eos, *params.stop_token_ids) if num_output < params.min_tokens else (),
-                prompt_token_ids=request.prompt_token_ids if history else (),
-                output_token_ids=request.output_token_ids if history else (),
+                forbidden_token_ids=(*self._eos, *params.stop_token_ids)
+                if num_output < params.min_tokens
+                else (),
+                prompt_token_ids=tuple(request.prompt_token_ids) if history else (),
+                output_token_ids=tuple(request.output_token_ids) if history else (),
                 prompt_targets=targets,
             )
         return PlanRow(
             request.request_id,
             tuple(request.tokens(start, end)),
             start,
-            tuple(self._manager.table(request)),
+            tuple(self.manager.table(request)),
             num_logits,
             num_padding,
             samples,
@@ -419,10 +448,11 @@ class Scheduler:
     def _end(self, request: Request, reason: FinishReason, stop_reason: int | str | None) -> None:
         queue = self._running if request.status is RequestStatus.RUNNING else self._waiting
         queue.remove(request)
-        self._manager.forget(request)
+        self.manager.forget(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason, request.stop_reason = reason, stop_reason
         del self._requests[request.request_id]
         del self._order[request.request_id]
         self._num_scored.pop(request.request_id, None)
+        self._admitted.pop(request.request_id, None)
         self._finished.append(request.request_id)

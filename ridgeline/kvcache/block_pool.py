@@ -1,9 +1,10 @@
 """The blocks of the KV cache: who holds them, which are free, and which can be found again by content.
 
-A block is free (nobody holds it; it may still carry published content), or referenced by one or more tables.
-Full blocks are published under a chain hash of their tokens and all tokens before them, and are immutable from
-then on. A hash is believed only after the tokens and the parent block are compared. Free blocks are reused least
-recently freed first, so published content lives as long as there is room.
+A block is free (nobody holds it; it may still carry published content), or referenced by one or more
+tables. Full blocks are published under a chain hash of their tokens and all tokens before them, and are
+immutable from then on. A hash is believed only after the tokens and the parent are compared. Free blocks are
+reused least recently freed first, empty ones before all others, so published content lives as long as there
+is room.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 NO_BLOCK = -1
 """Entry of a block table whose block was freed behind a sliding window."""
@@ -34,20 +35,21 @@ class Block:
     content: Content | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Content:
-    """What a published block holds: its tokens, and its place in a chain of blocks."""
+    """What a published block holds: its tokens, and its place in a chain of blocks. Compared by identity."""
 
     hash: bytes
     token_ids: tuple[int, ...]
-    parent: Content | None
+    parent: Content | None = field(repr=False)
 
 
 @dataclass(slots=True)
 class PoolStats:
-    """Counters since the pool was made; hit rate is hits over queries, in tokens."""
+    """Counters since the pool was made; the hit rate is hits over queries, in tokens."""
 
     num_queried_tokens: int = 0
+    """Tokens of requests that looked for a prefix when they were first admitted."""
     num_hit_tokens: int = 0
     num_evicted_blocks: int = 0
 
@@ -104,7 +106,12 @@ class BlockPool:
         return content
 
     def block_of(self, content: Content) -> int:
+        """The block that holds content which `lookup` has just returned."""
         return self._published[content.hash]
+
+    def content_of(self, block_id: int) -> Content | None:
+        """What a block holds, if it is published."""
+        return self._blocks[block_id].content
 
     def is_free(self, block_id: int) -> bool:
         return block_id in self._free
@@ -117,7 +124,9 @@ class BlockPool:
             del self._free[block_id]
         block.ref_count += 1
 
-    def publish(self, block_id: int, token_ids: Sequence[int], parent: Content | None, hash_value: bytes) -> Content:
+    def publish(
+        self, block_id: int, token_ids: Sequence[int], parent: Content | None, hash_value: bytes
+    ) -> Content:
         """Make a full block findable -> its content.
 
         Equal content that is already published stays the one that is found, and both blocks live on: tables
@@ -136,7 +145,8 @@ class BlockPool:
         return block.content
 
     def free(self, block_ids: Iterable[int]) -> None:
-        """Drop one reference of each, in this order: what comes first is evicted first."""
+        """Drop one reference of each. Of those nobody holds then, the ones without content are reused before
+        any others, and published ones in the order given here."""
         for block_id in block_ids:
             block = self._blocks[block_id]
             assert block.ref_count > 0
@@ -174,5 +184,3 @@ class BlockPool:
                 assert self._published[block.content.hash] == block.block_id
                 assert len(block.content.token_ids) == self.block_size
         assert len(self._published) == sum(1 for b in self._blocks if b.content is not None)
-
-

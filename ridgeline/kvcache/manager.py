@@ -1,8 +1,8 @@
 """Block tables of requests: prefix match, growth, publication, and what falls behind a window.
 
 Everything about one request's memory is here; the scheduler only asks "is there room". No room is a normal
-answer. A table lists block ids in token order; with a sliding window on every layer, blocks that no token will
-read again are freed early and their entries become NO_BLOCK, so memory stays flat.
+answer. A table lists block ids in token order; with a sliding window on every layer, blocks that no token
+will read again are freed early and their entries become NO_BLOCK, so memory stays flat.
 """
 
 from __future__ import annotations
@@ -42,33 +42,53 @@ class BlockManager:
         table = self._tables.get(request.request_id)
         return [] if table is None else table.block_ids
 
+    @property
+    def num_slots(self) -> int:
+        """Tokens that all blocks hold together."""
+        return self.pool.num_blocks * self.block_size
+
     def max_request_tokens(self, max_chunk: int) -> int | None:
         """Longest request that can ever be held; None: any, since the window bounds it.
 
         max_chunk: tokens of a request computed in one step; with a window, that many and the window itself
         must fit at once.
         """
-        capacity = self.pool.num_blocks * self.block_size
         if self._window is None:
-            return capacity
+            return self.num_slots
         needed = self._num_sink_blocks + self.num_blocks_for(self._window + max_chunk) + 1
-        return None if needed <= self.pool.num_blocks else capacity
+        return None if needed <= self.pool.num_blocks else self.num_slots
+
+    def may_reuse(self, request: Request) -> bool:
+        """False for prompt_logprobs, which need the logits of every token."""
+        return self.pool.enable_prefix_caching and request.params.prompt_logprobs is None
 
     def match_prefix(self, request: Request) -> list[Content]:
         """Published full blocks that begin the request, in order; at least one token is left to compute."""
-        if not self.pool.enable_prefix_caching or request.params.prompt_logprobs is not None:
-            return []
         matched: list[Content] = []
-        parent = None
-        for index in range((request.num_tokens - 1) // self.block_size):
-            found = self.pool.lookup(self.block_hash(request, index), self._block_tokens(request, index), parent)
-            if found is None:
-                break
-            matched.append(found)
-            parent = found
+        if self.may_reuse(request):
+            for index in range(self._num_reusable(request)):
+                parent = matched[-1] if matched else None
+                token_ids = self._block_tokens(request, index)
+                found = self.pool.lookup(self._block_hash(request, index), token_ids, parent)
+                if found is None:
+                    break
+                matched.append(found)
         return matched
 
-    def block_hash(self, request: Request, index: int) -> bytes:
+    def is_same_block(self, request: Request, other: Request, index: int) -> bool:
+        """True when full block `index` of both holds the same tokens after the same tokens."""
+        return (
+            index < self._num_reusable(request)
+            and (index + 1) * self.block_size <= other.num_tokens
+            and self._block_hash(request, index) == self._block_hash(other, index)
+            and self._block_tokens(request, index) == self._block_tokens(other, index)
+        )
+
+    def _num_reusable(self, request: Request) -> int:
+        """Full blocks before the last token, which is always computed, for its logits."""
+        return (request.num_tokens - 1) // self.block_size
+
+    def _block_hash(self, request: Request, index: int) -> bytes:
         """Chain hash of a full block of the request, computed once."""
         hashes = self._hashes.setdefault(request.request_id, [])
         while len(hashes) <= index:
@@ -85,9 +105,11 @@ class BlockManager:
         for block_id in block_ids:
             self.pool.share(block_id)
         self._tables[request.request_id] = Table(block_ids, list(matched))
-        if self.pool.enable_prefix_caching:
+        request.num_computed_tokens = len(matched) * self.block_size
+        if request.num_preemptions == 0 and self.may_reuse(request):
+            request.num_cached_tokens = request.num_computed_tokens
             self.pool.stats.num_queried_tokens += request.num_tokens
-            self.pool.stats.num_hit_tokens += len(matched) * self.block_size
+            self.pool.stats.num_hit_tokens += request.num_cached_tokens
 
     def num_unheld(self, matched: list[Content]) -> int:
         """Of matched blocks, those that nobody holds: adopting them takes them from the free ones."""
@@ -98,7 +120,7 @@ class BlockManager:
         return max(0, self.num_blocks_for(num_tokens) - len(self.table(request)))
 
     def allocate(self, request: Request, num_tokens: int) -> bool:
-        """Grow the table to hold the first num_tokens tokens; False when there is no room (nothing changes)."""
+        """Grow the table to hold the first num_tokens tokens; False when there is no room: it grows not at all."""
         table = self._tables.setdefault(request.request_id, Table())
         self._drop_behind_window(table, request.num_computed_tokens)
         blocks = self.pool.allocate(self.num_missing(request, num_tokens))
@@ -108,7 +130,7 @@ class BlockManager:
         return True
 
     def _drop_behind_window(self, table: Table, num_computed: int) -> None:
-        """Free blocks that the next token, at position num_computed, does not see, and no later one either."""
+        """Free blocks that neither the next token, at position num_computed, nor a later one sees."""
         if self._window is None:
             return
         first_seen = max(0, num_computed - self._window + 1) // self.block_size
@@ -133,7 +155,7 @@ class BlockManager:
                 table.block_ids[index],
                 self._block_tokens(request, index),
                 parent,
-                self.block_hash(request, index),
+                self._block_hash(request, index),
             )
             table.published.append(content)
 

@@ -48,6 +48,7 @@ class LayerWeights(Generic[Handle]):
     q_bias: Handle | None
     k_bias: Handle | None
     v_bias: Handle | None
+    o_bias: Handle | None
     q_norm: Handle | None
     k_norm: Handle | None
     post_attn_norm: Handle | None
@@ -100,6 +101,7 @@ def bind_decoder(
             q_bias=bind_if_there(f"layers.{i}.q_proj.bias"),
             k_bias=bind_if_there(f"layers.{i}.k_proj.bias"),
             v_bias=bind_if_there(f"layers.{i}.v_proj.bias"),
+            o_bias=bind_if_there(f"layers.{i}.o_proj.bias"),
             q_norm=bind_if_there(f"layers.{i}.q_norm"),
             k_norm=bind_if_there(f"layers.{i}.k_norm"),
             post_attn_norm=bind_if_there(f"layers.{i}.post_attn_norm"),
@@ -223,7 +225,7 @@ def _attention(
         q_sinks=q_sinks,
         num_sinks=config.num_sinks if windowed else 0,
     )
-    return ops.linear(x, layer.o_proj)
+    return ops.linear(x, layer.o_proj, layer.o_bias)
 
 
 def record_decoder(config: ModelConfig, weights: Mapping[str, Weight], *, max_model_len: int) -> Program:

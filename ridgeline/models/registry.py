@@ -20,21 +20,31 @@ class ModelSpec:
     gguf_permuted: bool
     config_from_hf: Callable[..., ModelConfig]
     config_from_gguf: Callable[..., ModelConfig]
+    config_to_hf: Callable[[ModelConfig], dict[str, Any]]
+    config_to_gguf: Callable[[ModelConfig], dict[str, Any]]
 
 
-_LLAMA = ModelSpec(llama.NAMES, llama.GGUF_PERMUTED, llama.config_from_hf, llama.config_from_gguf)
-_GEMMA3 = ModelSpec(gemma3.NAMES, gemma3.GGUF_PERMUTED, gemma3.config_from_hf, gemma3.config_from_gguf)
-
-HF_MODEL_TYPES: dict[str, ModelSpec] = {"llama": _LLAMA, "gemma3_text": _GEMMA3, "gemma3": _GEMMA3}
-GGUF_ARCHITECTURES: dict[str, ModelSpec] = {"llama": _LLAMA, "gemma3": _GEMMA3}
+SPECS: dict[str, ModelSpec] = {
+    name: ModelSpec(
+        module.NAMES,
+        module.GGUF_PERMUTED,
+        module.config_from_hf,
+        module.config_from_gguf,
+        module.config_to_hf,
+        module.config_to_gguf,
+    )
+    for name, module in (("llama", llama), ("gemma3", gemma3))
+}
+"""By `ModelConfig.arch`, which is also the name in GGUF files."""
+HF_MODEL_TYPES: dict[str, ModelSpec] = SPECS | {"gemma3_text": SPECS["gemma3"]}
 
 
 def spec_for(kind: str, metadata: Mapping[str, Any], *, file: str) -> ModelSpec:
     """The spec of a checkpoint of kind "hf" or "gguf"; an unknown architecture lists the known ones."""
-    key, known = ("model_type", HF_MODEL_TYPES) if kind == "hf" else ("general.architecture", GGUF_ARCHITECTURES)
+    key, known = ("model_type", HF_MODEL_TYPES) if kind == "hf" else ("general.architecture", SPECS)
     name = metadata.get(key)
-    if name not in known:
-        raise CheckpointError(f"{file}: {key} is {name!r}; supported architectures: {', '.join(known)}")
+    if not isinstance(name, str) or name not in known:
+        raise CheckpointError(f"{file}: {key} is {name!r:.80}; supported architectures: {', '.join(known)}")
     return known[name]
 
 
@@ -55,6 +65,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
     if config.qkv_bias:
         layer |= {"q_proj.bias": (q_size,), "k_proj.bias": (kv_size,), "v_proj.bias": (kv_size,)}
+    if config.o_bias:
+        layer |= {"o_proj.bias": (hidden,)}
     if config.qk_norm:
         layer |= {"q_norm": (head_dim,), "k_norm": (head_dim,)}
     if config.post_norms:

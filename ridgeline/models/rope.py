@@ -1,7 +1,7 @@
 """Rotary frequencies of every RoPE kind, fixed when the model is loaded.
 
-Each function maps the plain frequencies theta^(-2i/R) to scaled ones; the formulas are those of Hugging Face's
-ROPE_INIT_FUNCTIONS, computed in float64. Kinds that depend on the length of the text (dynamic NTK) use
+Each function maps the plain frequencies theta^(-2i/R) to scaled ones; the formulas are those of Hugging
+Face's ROPE_INIT_FUNCTIONS, computed in float64. Kinds that depend on the length of the text (dynamic NTK) use
 max_model_len, so that a token never depends on how long its batch has become.
 
 R: rotated features of a head.
@@ -36,38 +36,61 @@ _FIELDS = {
     "truncate": "truncate",
 }
 """Keys of Hugging Face's rope_parameters / rope_scaling -> fields of RopeConfig."""
+_AT_LEAST_ONE = ("rope_theta", "original_max_position_embeddings")
+_IGNORED = ("rope_type", "type", "finetuned")
 
 
 def rope_from_hf(scaling: Mapping[str, Any], base: RopeConfig) -> RopeConfig:
     """`base` with what a Hugging Face rope_parameters or rope_scaling dictionary says.
 
-    Raises ConfigError for an unknown kind or key, and for a value that is not a number of the right sign.
+    Raises ConfigError for an unknown kind or key, and for a value that is not a number of the right size.
     """
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind not in get_args(RopeType):
         raise ConfigError(f"rope_type={kind!r}: expected one of {', '.join(get_args(RopeType))}")
-    changes: dict[str, Any] = {"rope_type": kind}
+    changes: dict[str, Any] = {}
     for key, value in scaling.items():
-        if key in ("rope_type", "type", "partial_rotary_factor"):
+        if key in _IGNORED or value is None:
             continue
         if key not in _FIELDS:
             raise ConfigError(f"unknown RoPE setting {key!r}; known: rope_type, {', '.join(_FIELDS)}")
-        if value is None:
-            continue
+        least = 1 if key in _AT_LEAST_ONE else 0
         if key == "truncate":
             if not isinstance(value, bool):
                 raise ConfigError(f"truncate={value!r}: expected true or false")
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
-            raise ConfigError(f"{key}={value!r}: expected a number above 0")
-        changes[_FIELDS[key]] = int(value) if key == "original_max_position_embeddings" else value
-    if kind in ("linear", "dynamic", "yarn", "llama3") and "factor" not in changes:
-        raise ConfigError(f"rope_type={kind!r} needs a factor, for example {{'rope_type': {kind!r}, 'factor': 4.0}}")
-    return replace(base, **changes)
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not least < value < 1e30:
+            raise ConfigError(f"{key}={value!r:.80}: expected a number above {least}")
+        changes[_FIELDS[key]] = value
+    if kind != "default" and "factor" not in changes:
+        example = f"{{'rope_type': {kind!r}, 'factor': 4.0}}"
+        raise ConfigError(f"rope_type={kind!r} needs a factor, for example {example}")
+    if "original_max_position" in changes:
+        changes["original_max_position"] = int(changes["original_max_position"])
+    rope = replace(base, rope_type=kind, **changes)
+    if rope.rope_type == "llama3" and not rope.low_freq_factor < rope.high_freq_factor:
+        raise ConfigError(
+            f"low_freq_factor={rope.low_freq_factor}: expected less than high_freq_factor, which is "
+            f"{rope.high_freq_factor}"
+        )
+    return rope
 
 
-def rope_frequencies(
-    rope: RopeConfig, *, max_position: int, max_model_len: int
-) -> tuple[Frequencies, float]:
+def rope_to_hf(rope: RopeConfig, *, head_dim: int) -> dict[str, Any]:
+    """The rope_parameters dictionary of `rope`; `freq_divisors` have no place in it."""
+    assert rope.freq_divisors is None
+    plain = RopeConfig(theta=0.0, rotary_dim=rope.rotary_dim)
+    stated = {key: getattr(rope, name) for key, name in _FIELDS.items()}
+    keep = {key: value for key, value in stated.items() if value != getattr(plain, _FIELDS[key])}
+    if rope.rope_type == "llama3":  # transformers has no defaults for these
+        keep |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+    if rope.rope_type != "default":
+        keep["factor"] = rope.factor
+    if rope.rotary_dim != head_dim:
+        keep["partial_rotary_factor"] = rope.rotary_dim / head_dim
+    return {"rope_type": rope.rope_type} | keep
+
+
+def rope_frequencies(rope: RopeConfig, *, max_position: int, max_model_len: int) -> tuple[Frequencies, float]:
     """inv_freq [R/2] and the factor on cos and sin.
 
     max_position: positions the model was trained for; max_model_len: longest text this engine will see.

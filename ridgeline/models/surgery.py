@@ -1,4 +1,8 @@
-"""Changes to a model while it is loaded: other KV heads, a window for every layer, another RoPE scaling."""
+"""Changes to a model while it is loaded: other KV heads, a window for every layer, another RoPE scaling.
+
+`change_config` says what the model becomes, the others make its weights so. Rows are moved or repeated in
+the file's own format; only pooling has to compute.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ridgeline.config import LoadConfig, ModelConfig
+from ridgeline.config import LoadConfig, ModelConfig, RopeConfig
 from ridgeline.errors import ConfigError
 from ridgeline.models.rope import rope_from_hf
 from ridgeline.quant.formats import FORMATS, Array, Weight
@@ -16,24 +20,30 @@ from ridgeline.quant.formats import FORMATS, Array, Weight
 def change_config(config: ModelConfig, load: LoadConfig) -> ModelConfig:
     """The config after the load options. Raises ConfigError with the values that are possible."""
     if load.rope_scaling is not None:
-        config = replace(config, rope=rope_from_hf(load.rope_scaling, config.rope))
+        plain = RopeConfig(theta=config.rope.theta, rotary_dim=config.rope.rotary_dim)
+        config = replace(config, rope=rope_from_hf(load.rope_scaling, plain))
     if load.sliding_window is not None:
-        if load.sliding_window < 1:
-            raise ConfigError(f"sliding_window={load.sliding_window}: expected at least 1 token")
+        if not _is_count(load.sliding_window) or load.sliding_window < 1:
+            raise ConfigError(f"sliding_window={load.sliding_window!r}: expected at least 1 token")
+        if config.rope_local is not None:
+            raise ConfigError(
+                f"sliding_window={load.sliding_window}: the layers of {config.arch} have windows and positions "
+                "of their own; leave it out or use a model without them"
+            )
         everywhere = tuple(range(config.num_layers))
         config = replace(config, sliding_window=load.sliding_window, window_layers=everywhere)
     if load.num_sinks:
-        if load.num_sinks < 0 or load.sliding_window is None:
+        if not _is_count(load.num_sinks) or load.sliding_window is None:
             raise ConfigError(
-                f"num_sinks={load.num_sinks}: expected 0 or more, together with sliding_window (sinks are what stays "
-                "visible outside of a window)"
+                f"num_sinks={load.num_sinks!r}: expected 0 or more, together with sliding_window (sinks are "
+                "what stays visible outside of a window)"
             )
         config = replace(config, num_sinks=load.num_sinks)
     if load.num_kv_heads is not None:
         possible = possible_kv_heads(config)
-        if load.num_kv_heads not in possible:
+        if not _is_count(load.num_kv_heads) or load.num_kv_heads not in possible:
             raise ConfigError(
-                f"num_kv_heads={load.num_kv_heads}: this model has {config.num_heads} query and "
+                f"num_kv_heads={load.num_kv_heads!r}: this model has {config.num_heads} query and "
                 f"{config.num_kv_heads} KV heads; possible: {', '.join(map(str, possible))}"
             )
         config = replace(config, num_kv_heads=load.num_kv_heads)
@@ -76,6 +86,10 @@ def map_rows(weight: Weight, change: Callable[[Array], Array]) -> Weight:
     data = weight.data
     changed = np.ascontiguousarray(change(data)).reshape(-1, *data.shape[1:])
     return Weight(weight.name, weight.format, (changed.shape[0], *weight.shape[1:]), {"data": changed})
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _by_head(rows: Array, num_heads: int) -> Array:

@@ -8,7 +8,7 @@ API stands in.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,21 +29,11 @@ from transformers import (
 )
 
 from ridgeline.engine.sampler import candidates, choose, process
+from ridgeline.engine.scheduler import SamplingRow
 from ridgeline.sampling_params import SamplingParams
 
 EOS = (1, 3)
 NUM_PROMPT = 6
-
-
-@dataclass
-class Row:
-    params: SamplingParams
-    seed: int
-    num_output: int
-    forbidden_token_ids: tuple[int, ...]
-    prompt_token_ids: tuple[int, ...]
-    output_token_ids: tuple[int, ...]
-    prompt_targets: tuple[int, ...] = ()
 
 
 def additive_penalties(params: SamplingParams) -> Any:
@@ -57,52 +47,39 @@ def additive_penalties(params: SamplingParams) -> Any:
 def processors_of(params: SamplingParams) -> LogitsProcessorList:
     """In the order in which `generate` builds its list."""
     p = params
-    return LogitsProcessorList(
-        processor
-        for is_on, processor in (
-            (p.logit_bias, lambda: SequenceBiasLogitsProcessor({(i,): b for i, b in p.logit_bias.items()})),
-            (p.repetition_penalty != 1, lambda: RepetitionPenaltyLogitsProcessor(p.repetition_penalty)),
-            (p.presence_penalty or p.frequency_penalty, lambda: additive_penalties(p)),
-            (p.min_tokens, lambda: MinNewTokensLengthLogitsProcessor(NUM_PROMPT, p.min_tokens, list(EOS))),
-            (p.temperature != 1, lambda: TemperatureLogitsWarper(p.temperature)),
-            (p.top_k, lambda: TopKLogitsWarper(p.top_k)),
-            (p.top_p < 1, lambda: TopPLogitsWarper(p.top_p)),
-            (p.min_p, lambda: MinPLogitsWarper(p.min_p)),
-            (p.typical_p < 1, lambda: TypicalLogitsWarper(p.typical_p)),
-        )
-        if is_on
-        for processor in [processor()]
-    )
+    biases: Any = {(i,): bias for i, bias in (p.logit_bias or {}).items()}
+    table: list[tuple[Any, Callable[[], Any]]] = [
+        (biases, lambda: SequenceBiasLogitsProcessor(biases)),
+        (p.repetition_penalty != 1, lambda: RepetitionPenaltyLogitsProcessor(p.repetition_penalty)),
+        (p.presence_penalty or p.frequency_penalty, lambda: additive_penalties(p)),
+        (p.min_tokens, lambda: MinNewTokensLengthLogitsProcessor(NUM_PROMPT, p.min_tokens, list(EOS))),
+        (p.temperature not in (0, 1), lambda: TemperatureLogitsWarper(p.temperature)),
+        (p.top_k, lambda: TopKLogitsWarper(p.top_k)),
+        (p.top_p < 1, lambda: TopPLogitsWarper(p.top_p)),
+        (p.min_p, lambda: MinPLogitsWarper(p.min_p)),
+        (p.typical_p < 1, lambda: TypicalLogitsWarper(p.typical_p)),
+    ]
+    return LogitsProcessorList(make() for is_on, make in table if is_on)
 
 
-def draw(name: str, rng: np.random.Generator, vocab_size: int) -> Any:
-    """A value of one parameter, never its neutral one; biases are ones that float32 holds, as theirs are."""
-    return {
-        "logit_bias": lambda: {int(i): rng.integers(-320, 320) / 64 for i in rng.integers(0, vocab_size, 3)},
-        "repetition_penalty": lambda: float(rng.choice([rng.uniform(0.3, 0.9), rng.uniform(1.1, 3.0)])),
-        "presence_penalty": lambda: float(rng.uniform(-2, 2)),
-        "frequency_penalty": lambda: float(rng.uniform(-2, 2)),
-        "min_tokens": lambda: int(rng.integers(1, 10)),
-        "temperature": lambda: float(np.exp(rng.uniform(-3, 2))),
-        "top_k": lambda: int(rng.integers(1, vocab_size + 5)),
-        "top_p": lambda: float(rng.uniform(0.01, 0.999)),
-        "min_p": lambda: float(rng.uniform(0.001, 0.9)),
-        "typical_p": lambda: float(rng.uniform(0.01, 0.999)),
-    }[name]()
+def processed_by_them(params: SamplingParams, history: list[int], logits: Any) -> torch.Tensor:
+    input_ids: Any = torch.tensor([history])
+    return processors_of(params)(input_ids, torch.from_numpy(logits.copy())[None])[0]
 
 
-NAMES = [
-    "logit_bias",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "min_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-]
+DRAWN: dict[str, Callable[[np.random.Generator, int], Any]] = {
+    "logit_bias": lambda rng, v: {int(i): rng.integers(-320, 320) / 64 for i in rng.integers(0, v, 3)},
+    "repetition_penalty": lambda rng, v: rng.choice([rng.uniform(0.3, 0.9), rng.uniform(1.1, 3.0)]),
+    "presence_penalty": lambda rng, v: rng.uniform(-2, 2),
+    "frequency_penalty": lambda rng, v: rng.uniform(-2, 2),
+    "min_tokens": lambda rng, v: rng.integers(1, 10),
+    "temperature": lambda rng, v: np.exp(rng.uniform(-3, 2)),
+    "top_k": lambda rng, v: rng.integers(1, v + 5),
+    "top_p": lambda rng, v: rng.uniform(0.01, 0.999),
+    "min_p": lambda rng, v: rng.uniform(0.001, 0.9),
+    "typical_p": lambda rng, v: rng.uniform(0.01, 0.999),
+}
+"""Parameter -> a value, not the neutral one, for a vocabulary v. Theirs holds biases in float32: sixty-fourths."""
 
 
 def compare(seed: int, vocab_size: int, names: set[str], *, spread: float, ties: bool = False) -> None:
@@ -110,10 +87,10 @@ def compare(seed: int, vocab_size: int, names: set[str], *, spread: float, ties:
     logits = rng.standard_normal(vocab_size) * spread
     if ties:
         logits = np.round(logits)
-    params = SamplingParams(**{name: draw(name, rng, vocab_size) for name in sorted(names)})
+    params = SamplingParams(**{name: DRAWN[name](rng, vocab_size) for name in sorted(names)})
     history = rng.integers(0, vocab_size, NUM_PROMPT + int(rng.integers(0, 9))).tolist()
     num_output = len(history) - NUM_PROMPT
-    row = Row(
+    row = SamplingRow(
         params,
         seed,
         num_output,
@@ -121,7 +98,7 @@ def compare(seed: int, vocab_size: int, names: set[str], *, spread: float, ties:
         tuple(history[:NUM_PROMPT]),
         tuple(history[NUM_PROMPT:]),
     )
-    scores = processors_of(params)(torch.tensor([history]), torch.from_numpy(logits.copy())[None])[0]
+    scores = processed_by_them(params, history, logits)
     theirs = torch.softmax(scores, dim=-1).numpy()
 
     processed = process(logits, row)
@@ -135,7 +112,7 @@ def compare(seed: int, vocab_size: int, names: set[str], *, spread: float, ties:
     assert choose(processed, row) in ids
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", DRAWN)
 @pytest.mark.parametrize("vocab_size", [5, 64, 3000])
 @pytest.mark.parametrize("spread", [0.1, 2.0, 12.0])
 def test_each_parameter_does_what_it_does_in_transformers(name: str, vocab_size: int, spread: float) -> None:
@@ -147,7 +124,7 @@ def test_each_parameter_does_what_it_does_in_transformers(name: str, vocab_size:
 @given(
     seed=st.integers(0, 2**32 - 1),
     vocab_size=st.integers(5, 900),
-    names=st.sets(st.sampled_from(NAMES)),
+    names=st.sets(st.sampled_from(list(DRAWN))),
     spread=st.floats(0.05, 15.0),
 )
 def test_any_combination_does_what_it_does_in_transformers(
@@ -166,8 +143,8 @@ def test_float32_logits_give_the_same_probabilities() -> None:
     logits = (np.random.default_rng(4).standard_normal(4000) * 3).astype(np.float32)
     params = SamplingParams(temperature=0.7, top_k=100, repetition_penalty=1.2)
     history = list(range(50))
-    row = Row(params, 0, 0, (), tuple(history[:NUM_PROMPT]), tuple(history[NUM_PROMPT:]))
-    scores = processors_of(params)(torch.tensor([history]), torch.from_numpy(logits.copy())[None])[0]
+    row = SamplingRow(params, 0, 0, (), tuple(history[:NUM_PROMPT]), tuple(history[NUM_PROMPT:]))
+    scores = processed_by_them(params, history, logits)
     ids, _, weights = candidates(process(logits, row), params)
     assert ids.tolist() == torch.nonzero(torch.isfinite(scores))[:, 0].tolist()
     theirs = torch.softmax(scores, dim=-1).numpy()[ids]
@@ -180,9 +157,5 @@ def test_greedy_is_the_argmax_of_the_processed_logits() -> None:
         logits = rng.standard_normal(200)
         params = SamplingParams(temperature=0.0, repetition_penalty=1.7, logit_bias={5: 2.0})
         history = rng.integers(0, 200, 40).tolist()
-        row = Row(params, 0, 34, (), tuple(history[:NUM_PROMPT]), tuple(history[NUM_PROMPT:]))
-        processors = LogitsProcessorList(
-            [SequenceBiasLogitsProcessor({(5,): 2.0}), RepetitionPenaltyLogitsProcessor(1.7)]
-        )
-        scores = processors(torch.tensor([history]), torch.from_numpy(logits.copy())[None])
-        assert choose(process(logits, row), row) == int(scores.argmax())
+        row = SamplingRow(params, 0, 34, (), tuple(history[:NUM_PROMPT]), tuple(history[NUM_PROMPT:]))
+        assert choose(process(logits, row), row) == int(processed_by_them(params, history, logits).argmax())

@@ -10,14 +10,16 @@ from dataclasses import dataclass
 import httpx
 import openai
 import pytest
+import tokenizers
 import uvicorn
 
-from ridgeline import LLM
 from ridgeline.config import EngineConfig
 from ridgeline.engine.async_engine import AsyncEngine
 from ridgeline.engine.engine import LLMEngine
-from ridgeline.models.synth import synthesize
+from ridgeline.sampling_params import SamplingParams
 from ridgeline.server.app import create_app
+from ridgeline.tokenizer import Tokenizer
+from tests.tiny import tiny_model
 
 # float64: there the eager executor gives a request the same tokens whatever else is in the batch.
 OPTIONS = dict(
@@ -71,25 +73,31 @@ def serving(llm, **options):
         thread.join()
 
 
-@pytest.fixture(scope="session")
-def model_path(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    synthesize("tiny-llama", "F32", seed=0, path=path)
-    return str(path)
+def tiny_tokenizer():
+    """One token per character: 0 is the space, 1 the newline, then printable ASCII; 96 ends a text."""
+    characters = ["\u0120", "\u010a", *map(chr, range(33, 126))]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(characters)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<eos>"])
+    return Tokenizer(
+        backend, bos_token_id=95, eos_token_ids=(96,), chat_template=TEMPLATE, special_tokens={"bos_token": "<bos>"}
+    )
+
+
+def make_llm(**changes):
+    config = EngineConfig.from_options(NAME, **(OPTIONS | changes))
+    return LLMEngine(config, tiny_model("llama"), tiny_tokenizer())
+
+
+@pytest.fixture
+def serve():
+    """Run a server of one's own: `with serve(api_key=...) as server`."""
+    return lambda **options: serving(make_llm(), **options)
 
 
 @pytest.fixture(scope="session")
-def make_llm(model_path):
-    def make(**changes):
-        llm = LLMEngine.from_config(EngineConfig.from_options(model_path, **(OPTIONS | changes)))
-        llm.tokenizer.chat_template = TEMPLATE
-        return llm
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def server(make_llm):
+def server():
     with serving(make_llm()) as running:
         yield running
 
@@ -101,7 +109,15 @@ def client(server):
 
 
 @pytest.fixture(scope="session")
-def oracle(model_path):
-    """The same model without a server; asked one request at a time."""
-    with LLM(model_path, **OPTIONS) as llm:
-        yield llm
+def oracle():
+    """The same model without a server: a prompt and sampling parameters -> its finished output."""
+    llm = make_llm()
+
+    def generate(prompt, **params):
+        llm.add_request(prompt, SamplingParams(**params))
+        while True:
+            for output in llm.step():
+                if output.finished:
+                    return output
+
+    return generate

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from ridgeline import SamplingParams
-
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"}]
 RENDERED = "<system>Be brief.<user>Why is the sky blue?<assistant>"
 GREEDY = dict(model="tiny", temperature=0.0)
 
 
 def expected(oracle, **params):
-    ids = oracle.engine.tokenizer.encode(RENDERED, add_special_tokens=False)
-    return oracle.generate([{"prompt_token_ids": ids}], SamplingParams(temperature=0.0, **params))[0]
+    return oracle(RENDERED, temperature=0.0, **params)
 
 
 def test_an_answer(client, oracle):

@@ -9,8 +9,6 @@ import pytest
 
 from ridgeline.server.protocol import CompletionBody, parse_body
 
-from .conftest import serving
-
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 USER = [{"role": "user", "content": "Hi"}]
@@ -113,8 +111,8 @@ def test_unknown_fields_are_ignored_and_logged_once(caplog):
     assert "user" not in caplog.text and "best_of" not in caplog.text
 
 
-def test_a_key_opens_v1_and_nothing_else_needs_it(make_llm):
-    with serving(make_llm(), api_key="s3cret") as server:
+def test_a_key_opens_v1_and_nothing_else_needs_it(serve):
+    with serve(api_key="s3cret") as server:
         for api_key in ("wrong", "s3cre", "schlüssel".encode().decode("latin1")):
             reply = server.get("/v1/models", headers={"authorization": f"Bearer {api_key}".encode("latin1")})
             assert refused(reply, 401)["code"] == "invalid_api_key"
@@ -125,19 +123,18 @@ def test_a_key_opens_v1_and_nothing_else_needs_it(make_llm):
         assert [server.get(p).status_code for p in ("/health", "/metrics", "/version")] == [200] * 3
 
 
-def test_when_the_engine_dies_everybody_is_told(make_llm, caplog):
-    llm = make_llm()
-    submit, calls = llm.executor.submit, []
+def test_when_the_engine_dies_everybody_is_told(serve, monkeypatch, caplog):
+    with serve() as server, server.client() as client:
+        submit, calls = server.llm.executor.submit, []
 
-    def failing_submit(plan):
-        calls.append(plan)
-        if len(calls) == 4:
-            raise RuntimeError("the executor fell over")
-        return submit(plan)
+        def failing_submit(plan):
+            calls.append(plan)
+            if len(calls) == 4:
+                raise RuntimeError("the executor fell over")
+            return submit(plan)
 
-    with serving(llm) as server, server.client() as client:
         assert server.get("/health").status_code == 200
-        llm.executor.submit = failing_submit
+        monkeypatch.setattr(server.llm.executor, "submit", failing_submit)
         seen = []
         with pytest.raises(openai.APIError, match="RuntimeError: the executor fell over"):
             for chunk in client.completions.create(

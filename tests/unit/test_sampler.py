@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,33 +13,19 @@ from hypothesis import strategies as st
 
 from ridgeline.engine import sampler
 from ridgeline.engine.sampler import candidates, choose, derive_seed, process, sample, sample_plan, uniform
+from ridgeline.engine.scheduler import PlanRow, SamplingRow
 from ridgeline.request import Sampled
 from ridgeline.sampling_params import SamplingParams
 
 
-@dataclass
-class Row:
-    """A SamplingRow of its own, as the scheduler's is plain data too."""
-
-    params: SamplingParams = field(default_factory=SamplingParams)
-    seed: int = 7
-    num_output: int = 0
-    forbidden_token_ids: Sequence[int] = ()
-    prompt_token_ids: Sequence[int] = ()
-    output_token_ids: Sequence[int] = ()
-    prompt_targets: Sequence[int] = ()
+def row(num_output: int = 0, **params: Any) -> SamplingRow:
+    return SamplingRow(SamplingParams(**params), 7, num_output)
 
 
-@dataclass
-class PlanRow:
-    request_id: str
-    sampling: Row | None
-    num_logits: int = 1
-    samples: bool = True
-
-
-def row(num_output: int = 0, **params: Any) -> Row:
-    return Row(SamplingParams(**params), num_output=num_output)
+def plan_row(
+    name: str, sampling: SamplingRow | None, *, num_logits: int = 1, samples: bool = True
+) -> PlanRow:
+    return PlanRow(name, (0,) * 3, 0, (0,), num_logits, samples=samples, sampling=sampling)
 
 
 def logits_of(seed: int, vocab_size: int, *, spread: float = 2.0, ties: bool = False) -> Any:
@@ -49,7 +34,7 @@ def logits_of(seed: int, vocab_size: int, *, spread: float = 2.0, ties: bool = F
 
 
 def by_sorting(logits: Any, params: SamplingParams) -> tuple[Any, Any]:
-    """Ids by descending probability, ties by id, and their probabilities: every filter on the sorted whole."""
+    """Ids by descending probability, ties by id, and their probabilities: filters on the sorted whole."""
     gaps = (float(logits.max()) - logits.astype(np.float64)) / params.temperature
     ids = np.lexsort((np.arange(len(gaps)), gaps))
     if params.top_k:
@@ -68,7 +53,7 @@ def by_sorting(logits: Any, params: SamplingParams) -> tuple[Any, Any]:
     return ids, p
 
 
-FILTERS = [
+FILTERS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.3},
     {"temperature": 5.0},
@@ -166,7 +151,7 @@ def test_tokens_come_as_often_as_their_probability_says(params: dict[str, Any]) 
 
 def test_seeds_of_neighbours_are_independent() -> None:
     x = np.array([uniform(seed, counter) for seed in range(100) for counter in range(100)])
-    assert 0.0 <= x.min() and x.max() < 1.0
+    assert x.min() >= 0.0 and x.max() < 1.0
     assert abs(x.mean() - 0.5) < 0.01
     counts = np.histogram(x, 50, (0.0, 1.0))[0]
     assert float(((counts - 200) ** 2 / 200).sum()) < 85.4  # 99.9 % of chi-square, 49 degrees of freedom
@@ -227,7 +212,8 @@ def test_a_forbidden_token_is_never_chosen_but_keeps_its_own_logprob() -> None:
             sampled = sample(logits, replace(given, num_output=counter))
             assert sampled.token_id in (1, 2)
             assert sampled.rank == sampled.token_id + 1
-            assert sampled.top_logprobs == ((0, pytest.approx(9 - total, abs=1e-6)),)
+            assert [i for i, _ in sampled.top_logprobs] == [0]
+            assert sampled.top_logprobs[0][1] == pytest.approx(9 - total, abs=1e-6)
             assert sampled.logprob == pytest.approx(logits[0, sampled.token_id] - total, abs=1e-6)
 
 
@@ -269,10 +255,10 @@ def test_a_plan_is_walked_row_by_row() -> None:
     logits = np.eye(6, 8, dtype=np.float32) * 9
     scores = replace(row(temperature=0.0, prompt_logprobs=0), prompt_targets=(1, 2))
     rows = [
-        PlanRow("a", row(temperature=0.0)),
-        PlanRow("unfinished chunk", None, num_logits=0, samples=False),
-        PlanRow("b", scores, num_logits=2, samples=False),
-        PlanRow("c", replace(scores, prompt_targets=(3, 4)), num_logits=3),
+        plan_row("a", row(temperature=0.0)),
+        plan_row("unfinished chunk", None, num_logits=0, samples=False),
+        plan_row("b", scores, num_logits=2, samples=False),
+        plan_row("c", replace(scores, prompt_targets=(3, 4)), num_logits=3),
     ]
     sampled = sample_plan(logits, rows)
     assert {name: s.token_id for name, s in sampled.items()} == {"a": 0, "b": -1, "c": 5}
@@ -284,9 +270,15 @@ def test_a_plan_is_walked_row_by_row() -> None:
 
 def test_a_request_does_not_see_what_else_is_in_the_batch() -> None:
     logits = np.stack([logits_of(seed, 700) for seed in range(10)])
-    settings_of = [{}, {"top_p": 0.8}, {"top_k": 5, "logprobs": 3}, {"temperature": 0.0}, {"typical_p": 0.5}]
+    settings_of: list[dict[str, Any]] = [
+        {},
+        {"top_p": 0.8},
+        {"top_k": 5, "logprobs": 3},
+        {"temperature": 0.0},
+        {"typical_p": 0.5},
+    ]
     rows = [
-        PlanRow(f"r{i}", replace(row(3 + i, **settings_of[i % 5]), seed=derive_seed(1, i, 0)))
+        plan_row(f"r{i}", replace(row(3 + i, **settings_of[i % 5]), seed=derive_seed(1, i, 0)))
         for i in range(10)
     ]
     together = sample_plan(logits, rows)
