@@ -112,7 +112,7 @@ def _files(directory: Path) -> list[Path]:
     missing = sorted(names - present)
     if missing or not names:
         raise CheckpointError(
-            f"{directory}: expected {'a *.safetensors file' if not missing else repr(missing[0])[:100]}, found "
+            f"{directory}: expected {(missing or ['a *.safetensors file'])[0]!s:.100}, found "
             f"{', '.join(sorted(present)) or 'none'}; fetch the model again"
         )
     return [directory / name for name in sorted(names)]
@@ -123,8 +123,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, TensorEntry], mmap.mmap]:
 
     def damaged(where: str, expected: str, found: object) -> CheckpointError:
         return CheckpointError(
-            f"{path}: {where}: expected {expected}, found {found!s:.200}; the file is damaged, incomplete "
-            "or not supported: fetch it again"
+            f"{path}: {where}: expected {expected}, found {found!s:.200}; it is damaged, incomplete or "
+            "not supported: fetch it again"
         )
 
     try:

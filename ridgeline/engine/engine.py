@@ -19,6 +19,7 @@ from ridgeline.engine.memory import plan_cache
 from ridgeline.engine.outputs import OutputProcessor
 from ridgeline.engine.sampler import derive_seed
 from ridgeline.engine.scheduler import Scheduler, StepPlan
+from ridgeline.engine.stats import EngineStats
 from ridgeline.errors import RequestError
 from ridgeline.kvcache.block_pool import BlockPool
 from ridgeline.kvcache.manager import BlockManager
@@ -62,6 +63,7 @@ class LLMEngine:
             eos_token_ids=self._eos_token_ids(),
             kv_cache=cache.kv_cache,
         )
+        self.stats = EngineStats(self.scheduler)
         self._outputs = OutputProcessor(tokenizer)
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._num_submitted = 0
@@ -149,6 +151,7 @@ class LLMEngine:
         for child in self._outputs.children(request_id):
             request = self.scheduler.abort(child)
             if request is not None:
+                self.stats.record_finish(request, now=time.monotonic())
                 output = self._outputs.abort(request)
         return output
 
@@ -158,13 +161,16 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """One step -> the requests that got a token or finished, cumulative."""
+        started = time.monotonic()
         plan = self.scheduler.schedule()
         self._in_flight.append((plan, self.executor.submit(plan)))
         plan, handle = self._in_flight.popleft()
         sampled = handle.result()
-        outputs, stopped = self._outputs.update(self.scheduler.update(plan, sampled), sampled)
+        changed = self.scheduler.update(plan, sampled)
+        outputs, stopped = self._outputs.update(changed, sampled)
         for request_id, stop in stopped:
             self.scheduler.finish(request_id, FinishReason.STOP, stop)
+        self.stats.record_step(changed, started=started, now=time.monotonic())
         return outputs
 
     def close(self) -> None:

@@ -156,7 +156,8 @@ def candidates(logits: Logits, params: SamplingParams) -> tuple[TokenIds, Floats
         ids, gaps, weights = ids[keep], gaps[keep], weights[keep]
     if params.typical_p < 1.0:  # Meister et al. 2022: |-log p - entropy|, where the log of the total cancels
         total = float(weights.sum())
-        distances = np.abs(gaps - float(np.dot(weights, np.where(weights > 0.0, gaps, 0.0))) / total)
+        surprise = weights * np.where(weights > 0.0, gaps, 0.0)
+        distances = np.abs(gaps - surprise.sum() / total)
         last = _reach(distances, weights, params.typical_p * total)
         keep = np.flatnonzero(distances <= distances[last])
         ids, gaps, weights = ids[keep], gaps[keep], weights[keep]

@@ -105,7 +105,8 @@ class Scheduler:
         # Static batching reserves all blocks at once, so a window frees none.
         self._capacity = manager.num_slots if self._static else manager.max_request_tokens(self._budget)
         limits = (self._capacity, None if self._chunked else self._budget)
-        self._max_tokens = min([max_model_len, *(n for n in limits if n is not None)])
+        self.max_request_tokens = min([max_model_len, *(n for n in limits if n is not None)])
+        """Prompt and output of the longest request that can be served."""
         self._eos = eos_token_ids
         self._watermark = -(-manager.pool.num_blocks // 100)
         self._requests: dict[str, Request] = {}
@@ -140,15 +141,15 @@ class Scheduler:
         num_prompt = len(request.prompt_token_ids)
         if num_prompt == 0:
             raise RequestError("the prompt is empty; give at least one token")
-        if num_prompt < self._max_tokens:
+        if num_prompt < self.max_request_tokens:
             return
         given = f"prompt has {num_prompt} tokens"
-        if self._max_tokens == self._max_model_len:
+        if self.max_request_tokens == self._max_model_len:
             raise RequestError(
                 f"{given}; with max_model_len={self._max_model_len} at most {self._max_model_len - 1} leave "
                 "room for an answer. Shorten it, or raise max_model_len"
             )
-        if self._max_tokens == self._capacity:
+        if self.max_request_tokens == self._capacity:
             block_size = self.manager.block_size
             raise RequestError(
                 f"{given}; the cache holds {self._capacity} ({self._capacity // block_size} blocks of "
@@ -241,7 +242,7 @@ class Scheduler:
             assert queue == sorted(queue, key=self._key)
             for request in queue:
                 assert request.status is status
-                assert request.num_computed_tokens <= request.num_tokens <= self._max_tokens
+                assert request.num_computed_tokens <= request.num_tokens <= self.max_request_tokens
         for request in self._waiting:
             assert request.num_computed_tokens == 0 and not self.manager.table(request)
         for request in self._running:
@@ -343,9 +344,9 @@ class Scheduler:
         """Tokens that a request ends with at the latest."""
         limit = request.params.max_tokens
         return (
-            self._max_tokens
+            self.max_request_tokens
             if limit is None
-            else min(self._max_tokens, len(request.prompt_token_ids) + limit)
+            else min(self.max_request_tokens, len(request.prompt_token_ids) + limit)
         )
 
     def _is_being_computed(self, request: Request, index: int) -> bool:
@@ -441,7 +442,7 @@ class Scheduler:
                 return self._end(request, FinishReason.STOP, None)
         if params.max_tokens is not None and num_output >= params.max_tokens:
             return self._end(request, FinishReason.LENGTH, None)
-        if request.num_tokens >= self._max_tokens:
+        if request.num_tokens >= self.max_request_tokens:
             return self._end(request, FinishReason.LENGTH, None)
         return None
 

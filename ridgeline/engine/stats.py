@@ -16,7 +16,7 @@ from typing import Any
 from ridgeline.engine.scheduler import Scheduler
 from ridgeline.request import FinishReason, Request
 
-BUCKETS_S = tuple(digit * 10.0**power for power in range(-4, 3) for digit in (1.0, 2.5, 5.0))
+BUCKETS_S = tuple(float(f"{digit}e{power}") for power in range(-4, 3) for digit in (1, 2.5, 5))
 """Upper bounds of all histograms, 0.1 ms to 500 s; above them is one bucket more."""
 
 
@@ -41,7 +41,7 @@ class Histogram:
 
 
 class EngineStats:
-    """Owns the totals of one engine. Invariant: between steps it follows exactly the requests that have begun."""
+    """Owns the totals of one engine. Invariant: it follows exactly the unfinished requests with output."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self._scheduler = scheduler

@@ -120,7 +120,7 @@ class BlockManager:
         return max(0, self.num_blocks_for(num_tokens) - len(self.table(request)))
 
     def allocate(self, request: Request, num_tokens: int) -> bool:
-        """Grow the table to hold the first num_tokens tokens; False when there is no room: it grows not at all."""
+        """Grow the table to hold the first num_tokens tokens; False, and as it was, when there is no room."""
         table = self._tables.setdefault(request.request_id, Table())
         self._drop_behind_window(table, request.num_computed_tokens)
         blocks = self.pool.allocate(self.num_missing(request, num_tokens))

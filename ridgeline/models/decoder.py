@@ -13,9 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic
 
-import numpy as np
-import numpy.typing as npt
-
 from ridgeline.config import ModelConfig, RopeConfig
 from ridgeline.models.rope import rope_frequencies
 from ridgeline.ops.interface import Batch, Handle, Ops, Tensor
@@ -25,10 +22,10 @@ from ridgeline.quant.formats import Weight
 
 
 @dataclass(frozen=True, slots=True)
-class Rotation:
+class Rotation(Generic[Handle]):
     """Frequencies of one kind of layer: inv_freq [R/2], and the factor on cos and sin."""
 
-    inv_freq: npt.NDArray[np.float64]
+    inv_freq: Handle
     attention_factor: float
 
 
@@ -63,8 +60,8 @@ class DecoderWeights(Generic[Handle]):
     layers: tuple[LayerWeights[Handle], ...]
     norm: Handle
     lm_head: Handle
-    rotation: Rotation
-    rotation_local: Rotation
+    rotation: Rotation[Handle]
+    rotation_local: Rotation[Handle]
     """Of the windowed layers."""
 
 
@@ -82,10 +79,11 @@ def bind_decoder(
     def bind_if_there(name: str) -> Handle | None:
         return ops.bind(weights[name]) if name in weights else None
 
-    def rotation(rope: RopeConfig) -> Rotation:
-        return Rotation(
-            *rope_frequencies(rope, max_position=config.max_position, max_model_len=max_model_len)
+    def rotation(rope: RopeConfig) -> Rotation[Handle]:
+        inv_freq, attention_factor = rope_frequencies(
+            rope, max_position=config.max_position, max_model_len=max_model_len
         )
+        return Rotation(ops.bind_constant(inv_freq), attention_factor)
 
     layers = tuple(
         LayerWeights(
@@ -171,7 +169,7 @@ def _rope_angles(
     again.
     """
 
-    def angles(rotation: Rotation, max_position: int | None = None) -> Tensor:
+    def angles(rotation: Rotation[Handle], max_position: int | None = None) -> Tensor:
         return ops.rope_cos_sin(
             rotation.inv_freq, batch, attention_factor=rotation.attention_factor, max_position=max_position
         )

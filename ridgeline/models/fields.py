@@ -148,6 +148,8 @@ def gguf_rope(fields: Fields, default: RopeConfig) -> RopeConfig:
 
 def rope_to_gguf(rope: RopeConfig) -> dict[str, Any]:
     """Metadata of a RoPE, after the prefix. llama3 has no keys: it is a tensor of divisors."""
+    if rope.rope_type == "dynamic":
+        raise CheckpointError("a GGUF file cannot state dynamic RoPE; write a Hugging Face directory")
     metadata: dict[str, Any] = {"rope.freq_base": rope.theta, "rope.dimension_count": rope.rotary_dim}
     if rope.rope_type in ("linear", "yarn"):
         metadata |= {"rope.scaling.type": rope.rope_type, "rope.scaling.factor": rope.factor}

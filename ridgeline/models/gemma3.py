@@ -150,8 +150,8 @@ def config_to_gguf(config: ModelConfig) -> dict[str, Any]:
     assert config.rope_local is not None
     if config.window_layers != window_layers(config.num_layers) or config.attn_scale != config.head_dim**-0.5:
         raise CheckpointError(
-            f"a GGUF file of gemma3 has a window in all but every {LAYERS_PER_FULL}th layer and the attention "
-            "scale head_dim**-0.5; other models need a Hugging Face directory"
+            f"a GGUF file of gemma3 has windows in all but every {LAYERS_PER_FULL}th layer and the "
+            "attention scale head_dim**-0.5; other models need a Hugging Face directory"
         )
     metadata = {
         "block_count": config.num_layers,

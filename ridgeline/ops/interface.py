@@ -33,6 +33,10 @@ class Ops(Protocol[Tensor, Handle, Batch]):
         """Take over a weight. The same weight object gives the same handle."""
         ...
 
+    def bind_constant(self, values: npt.NDArray[np.float64]) -> Handle:
+        """Take over numbers that are no weight (RoPE frequencies), in float32 at least."""
+        ...
+
     def embed(self, table: Handle, batch: Batch) -> Tensor:
         """Rows of table [V, C] at batch.token_ids -> [T, C]."""
         ...
@@ -55,7 +59,7 @@ class Ops(Protocol[Tensor, Handle, Batch]):
 
     def rope_cos_sin(
         self,
-        inv_freq: npt.NDArray[np.float64],
+        inv_freq: Handle,
         batch: Batch,
         *,
         attention_factor: float,

@@ -71,6 +71,10 @@ class Recorder:
     def bind(self, weight: Weight) -> int:
         return self._weights.setdefault(weight, len(self._weights))
 
+    def bind_constant(self, values: npt.NDArray[np.float64]) -> int:
+        self._constants.append(values)
+        return len(self._constants) - 1
+
     def embed(self, table: int, batch: None) -> Buffer:
         return self._emit(Opcode.EMBED, (), (table,), columns=self._shape(table)[1])
 
@@ -91,18 +95,17 @@ class Recorder:
 
     def rope_cos_sin(
         self,
-        inv_freq: npt.NDArray[np.float64],
+        inv_freq: int,
         batch: None,
         *,
         attention_factor: float,
         max_position: int | None = None,
     ) -> Buffer:
-        self._constants.append(inv_freq)
         return self._emit(
             Opcode.ROPE_COS_SIN,
             (),
-            columns=2 * len(inv_freq),
-            constant=len(self._constants) - 1,
+            columns=2 * len(self._constants[inv_freq]),
+            constant=inv_freq,
             attention_factor=attention_factor,
             max_position=max_position,
         )

@@ -264,6 +264,10 @@ class TorchOps:
             self._bound[weight] = values.to(device=self.device, dtype=self.dtype)
         return self._bound[weight]
 
+    def bind_constant(self, values: npt.NDArray[np.float64]) -> torch.Tensor:
+        precision = torch.promote_types(self.dtype, torch.float32)
+        return torch.from_numpy(values).to(device=self.device, dtype=precision)
+
     def embed(self, table: torch.Tensor, batch: TorchBatch) -> torch.Tensor:
         return F.embedding(batch.token_ids, table)
 
@@ -281,16 +285,14 @@ class TorchOps:
 
     def rope_cos_sin(
         self,
-        inv_freq: npt.NDArray[np.float64],
+        inv_freq: torch.Tensor,
         batch: TorchBatch,
         *,
         attention_factor: float,
         max_position: int | None = None,
     ) -> torch.Tensor:
-        precision = torch.promote_types(self.dtype, torch.float32)
         positions = batch.positions if max_position is None else batch.positions.clamp(max=max_position)
-        frequencies = torch.from_numpy(inv_freq).to(device=self.device, dtype=precision)
-        angles = positions.to(precision)[:, None] * frequencies
+        angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
         return (torch.cat((angles.cos(), angles.sin()), -1) * attention_factor).to(self.dtype)
 
     def rope(self, x: torch.Tensor, cos_sin: torch.Tensor, *, head_dim: int) -> torch.Tensor:

@@ -63,7 +63,7 @@ def create_app(engine: AsyncEngine, *, model_name: str, api_key: str | None = No
 
     app = FastAPI(title="Ridgeline", version=ridgeline.__version__, lifespan=lifespan)
     v1 = APIRouter(prefix="/v1", dependencies=[Depends(_key_check(api_key))] if api_key else [])
-    metrics = Metrics(engine)
+    metrics = Metrics(engine.engine.stats.snapshot)
     card = {
         "id": model_name,
         "object": "model",

@@ -1,87 +1,101 @@
-"""`Tokenizer`: the `tokenizers` library with the few facts around it, and chat templates in sandboxed jinja2."""
+"""`Tokenizer`: text to token ids, token ids to text, messages to a prompt.
+
+Splitting text is the work of the `tokenizers` library. Around it are three rules of our own: the tokens that
+begin and end a prompt are put there by us (and never twice, when a chat template wrote them already), decoding
+is joining bytes (`pieces`), and what stands in the text as a special token is one, unless asked otherwise.
+"""
 
 from __future__ import annotations
 
-import datetime
-import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from threading import Lock
 from typing import Any
 
-import tokenizers
+from tokenizers import Tokenizer as Backend
 
-from ridgeline.errors import RequestError, TokenizerError
-
-
-def byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE (GPT-2): printable bytes stand for themselves, the rest from U+0100."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    alphabet = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    return alphabet | {chr(256 + i): byte for i, byte in enumerate(others)}
+from ridgeline.errors import TokenizerError
+from ridgeline.tokenizer.chat_template import compile_template
+from ridgeline.tokenizer.pieces import piece_decoder
 
 
 class Tokenizer:
-    """Owns a `tokenizers.Tokenizer`; all methods are thread-safe and change nothing."""
+    """The vocabulary of one model. Safe to use from several threads."""
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: Backend,
         *,
-        bos_token_id: int | None,
-        eos_token_ids: tuple[int, ...],
-        chat_template: str | None,
-        special_tokens: Mapping[str, str],
+        special_tokens: Mapping[str, int],
+        eos_token_ids: Iterable[int] = (),
+        prefix_ids: Sequence[int] = (),
+        suffix_ids: Sequence[int] = (),
+        chat_template: str | None = None,
     ) -> None:
-        """`special_tokens`: names a template may use, such as bos_token, with their text."""
-        self.backend = backend
-        self.bos_token_id = bos_token_id
-        self.eos_token_ids = eos_token_ids
-        self.chat_template = chat_template
-        self._special_tokens = dict(special_tokens)
+        """`special_tokens`: "bos", "eos", "unk", "pad" -> id, what a chat template may ask for.
 
-    @property
-    def vocab_size(self) -> int:
-        return self.backend.get_vocab_size()
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Tokens that `skip_special_tokens` leaves out."""
-        added = self.backend.get_added_tokens_decoder()
-        return frozenset(token_id for token_id, token in added.items() if token.special)
-
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; special tokens inside the text are recognised, as Hugging Face does.
-
-        A lone surrogate, which no UTF-8 text can hold, becomes U+FFFD.
+        `prefix_ids` and `suffix_ids` are put around a prompt. Raises TokenizerError for a decoder that is not
+        made of bytes.
         """
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        backend.no_truncation()
+        backend.no_padding()
+        added = backend.get_added_tokens_decoder()
+        self._backend = backend
+        self._lock = Lock()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._bytes: dict[int, bytes] = {}
+        self._special_tokens = dict(special_tokens)
+        self.pieces = piece_decoder(backend)
+        self.vocab_size = max(backend.get_vocab_size(with_added_tokens=False), 1 + max(added, default=-1))
+        self.bos_token_id = special_tokens.get("bos")
+        self.eos_token_ids = tuple(eos_token_ids)
+        self.prefix_ids = list(prefix_ids)
+        self.suffix_ids = list(suffix_ids)
+        self.chat_template = chat_template
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        text: str = self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
-        return text
+    def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
+        """Token ids of `text`.
+
+        `add_special_tokens` puts BOS in front where the model wants it and the text has none. With
+        `parse_special=False` the text of a special token is only text.
+        """
+        # The switch belongs to the library's tokenizer, not to its call.
+        with self._lock:
+            self._backend.encode_special_tokens = not parse_special
+            try:
+                ids = self._backend.encode(text, add_special_tokens=False).ids
+            except UnicodeEncodeError:
+                ids = self._backend.encode(_without_surrogates(text), add_special_tokens=False).ids
+        if not add_special_tokens:
+            return ids
+        prefix = [] if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids
+        return [*prefix, *ids, *self.suffix_ids]
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids; U+FFFD for bytes that are no text, nothing for ids outside the vocabulary."""
+        pieces = (self.token_bytes(i, skip_special_tokens=skip_special_tokens) for i in ids)
+        text = b"".join(pieces).decode(errors=self.pieces.errors)
+        return text.removeprefix(" ") if self.pieces.strip_left else text
+
+    def token_bytes(self, token_id: int, *, skip_special_tokens: bool = True) -> bytes:
+        """What a token adds to the text, which may be half a character."""
+        if skip_special_tokens and token_id in self._special_ids:
+            return b""
+        found = self._bytes.get(token_id)
+        if found is None:
+            known = 0 <= token_id < self.vocab_size
+            piece = self._backend.id_to_token(token_id) if known else None
+            found = self._bytes[token_id] = b"" if piece is None else self.pieces.decode(piece)
+        return found
 
     def token_text(self, token_id: int) -> str:
-        """The token as the vocabulary spells it."""
-        text = self.backend.id_to_token(token_id)
-        if text is None:
-            raise TokenizerError(f"token id {token_id} is not in the vocabulary of {self.vocab_size} tokens")
-        return str(text)
-
-    @cached_property
-    def byte_fallback(self) -> bool:
-        """True for the SentencePiece kind: U+2581 for spaces, <0xNN> tokens; False for byte-level BPE."""
-        kinds = _decoder_kinds(self.backend)
-        if "ByteLevel" in kinds:
-            return False
-        if "ByteFallback" in kinds:
-            return True
-        raise TokenizerError(
-            f"the tokenizer decodes with {', '.join(kinds) or 'nothing'}; supported: ByteLevel, ByteFallback"
-        )
+        """A token as the vocabulary spells it: "Ġthe". Raises TokenizerError for an unknown id."""
+        piece = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+        if piece is None:
+            raise TokenizerError(
+                f"token id {token_id}: expected an id of the vocabulary, 0 to {self.vocab_size - 1}"
+            )
+        return piece
 
     def apply_chat_template(
         self,
@@ -89,67 +103,35 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        **options: Any,
+        **variables: Any,
     ) -> str:
-        """The conversation as one text. Raises RequestError for messages the template refuses."""
+        """The conversation as the prompt text that the model was trained on.
+
+        `variables` are further names the template may use (`documents`, `enable_thinking`). Raises
+        TokenizerError without a usable template, RequestError if it refuses the messages.
+        """
+        names = {f"{name}_token": self.token_text(i) for name, i in self._special_tokens.items()}
+        return self._template(
+            names
+            | {
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt,
+                "tools": tools,
+                "documents": None,
+            }
+            | variables
+        )
+
+    @functools.cached_property
+    def _template(self) -> Callable[[Mapping[str, Any]], str]:
         if self.chat_template is None:
             raise TokenizerError(
-                "this model has no chat template; use plain completion (generate, /v1/completions) instead"
+                "this model has no chat template, so it was probably not trained to chat; write the prompt as "
+                "plain text (`generate`, /v1/completions), or use an instruction-tuned model"
             )
-        _check_messages(messages)
-        from jinja2 import TemplateError
-
-        try:
-            rendered: str = self._template.render(
-                messages=messages,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-                **options,
-            )
-        except TemplateError as error:
-            raise RequestError(f"the chat template refuses these messages: {error}") from None
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
-            raise RequestError(f"the chat template cannot use these messages: {error}") from None
-        return rendered
-
-    @cached_property
-    def _template(self) -> Any:
-        """Compiled once, in jinja2's immutable sandbox: a template is data from a file, not code to trust."""
-        from jinja2 import TemplateError, TemplateSyntaxError
-        from jinja2.ext import loopcontrols
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def raise_exception(message: str) -> None:
-            raise TemplateError(message)
-
-        def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-            return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.filters["tojson"] = tojson
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        try:
-            return environment.from_string(self.chat_template or "")
-        except TemplateSyntaxError as error:
-            raise TokenizerError(f"the chat template is not valid jinja2: {error}") from None
+        return compile_template(self.chat_template)
 
 
-def _decoder_kinds(backend: Any) -> list[str]:
-    """Types in the decoder, nested ones included."""
-    state = backend.decoder.__getstate__() if backend.decoder is not None else b"{}"
-    decoder = json.loads(state)
-    inner = decoder.get("decoders", [])
-    return [d["type"] for d in [decoder, *inner] if "type" in d]
-
-
-def _check_messages(messages: Sequence[Mapping[str, Any]]) -> None:
-    if isinstance(messages, (str, Mapping)) or not messages:
-        raise RequestError('messages: expected a list such as [{"role": "user", "content": "..."}]')
-    for number, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{number}]: expected an object with role and content, given {message!r}")
+def _without_surrogates(text: str) -> str:
+    """Surrogates as JSON escapes can bring them: a pair becomes its character, a lone one U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -79,7 +79,7 @@ DRAWN: dict[str, Callable[[np.random.Generator, int], Any]] = {
     "min_p": lambda rng, v: rng.uniform(0.001, 0.9),
     "typical_p": lambda rng, v: rng.uniform(0.01, 0.999),
 }
-"""Parameter -> a value, not the neutral one, for a vocabulary v. Theirs holds biases in float32: sixty-fourths."""
+"""Parameter -> a value, not the neutral one, for vocabulary v. Biases fit float32, as theirs must."""
 
 
 def compare(seed: int, vocab_size: int, names: set[str], *, spread: float, ties: bool = False) -> None:

@@ -61,7 +61,7 @@ def linear(format: str, num_in: int, num_out: int, *, bias: bool = False) -> Cal
 
 def rotate(head_dim: int, max_position: int | None = None) -> Callable:
     def function(ops, b):
-        cos_sin = ops.rope_cos_sin(INV_FREQ, b, attention_factor=1.3, max_position=max_position)
+        cos_sin = ops.rope_cos_sin(ops.bind_constant(INV_FREQ), b, attention_factor=1.3, max_position=max_position)
         return ops.rope(embed(ops, b), cos_sin, head_dim=head_dim)
 
     return function

@@ -59,7 +59,7 @@ def test_a_streaming_client_disconnects(server, monkeypatch, reset):
     assert during["ridgeline_num_requests_running"] == 2
     assert during["ridgeline_kv_cache_usage_ratio"] > 0
     until(lambda: gauges(server) == IDLE)
-    server.llm.scheduler.manager.check_invariants()
+    server.llm.scheduler.check_invariants()
 
 
 def test_a_client_that_waits_for_a_whole_answer_disconnects(server, monkeypatch):

@@ -128,6 +128,23 @@ def test_greedy_takes_the_lowest_id_of_tied_ones_and_sorts_nothing(monkeypatch: 
     assert sampled.logprob == pytest.approx(3 - math.log(1 + 2 * math.e**3 + math.e))
 
 
+@pytest.mark.parametrize("params", FILTERS)
+@pytest.mark.parametrize("spread", [0.02, 2.0])
+def test_only_a_small_part_of_the_vocabulary_is_sorted(
+    monkeypatch: pytest.MonkeyPatch, params: dict[str, Any], spread: float
+) -> None:
+    sizes: list[int] = []
+    argsort = np.argsort
+
+    def measured(keys: Any, **how: Any) -> Any:
+        sizes.append(len(keys))
+        return argsort(keys, **how)
+
+    monkeypatch.setattr(np, "argsort", measured)
+    choose(logits_of(2, 50_000, spread=spread), row(**params))
+    assert sizes and max(sizes) <= sampler._NUM_BINS
+
+
 def test_tied_tokens_all_stay_in_top_k() -> None:
     logits = np.array([1.0, 5.0, 1.0, 0.0, 1.0], np.float32)
     assert candidates(logits, SamplingParams(top_k=2))[0].tolist() == [0, 1, 2, 4]

@@ -1,97 +1,222 @@
-"""The scheduler as a state machine: whatever is added, aborted and stepped, every answer is the right one."""
+"""Whatever the schedule, each request gives exactly the tokens it gives alone; and nothing leaks.
+
+A state machine adds, aborts (also while a step is in flight), finishes and steps under a random
+configuration; a long seeded run does the same without hypothesis, ten thousand steps of it.
+"""
 
 from __future__ import annotations
 
+import random
+import time
+from collections import Counter
+
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from ridgeline.errors import RequestError
-from tests.fake_executor import Simulation
-
-MAX_MODEL_LEN = 28
-
-
-@st.composite
-def simulations(draw) -> Simulation:
-    """Every combination of switches that EngineConfig.resolve allows, in sizes that are just too small."""
-    batching = draw(st.sampled_from(("continuous", "continuous", "none", "static")))
-    kv_cache = draw(st.sampled_from((True, True, True, False)))
-    chunked = kv_cache and batching != "static" and draw(st.booleans())
-    max_num_seqs = 1 if batching == "none" else draw(st.integers(1, 5))
-    window = draw(st.sampled_from((None, None, 1, 3, 6)))
-    return Simulation(
-        num_blocks=draw(st.integers(3, 14)),
-        block_size=draw(st.integers(2, 4)),
-        batching=batching,
-        max_num_seqs=max_num_seqs,
-        budget=draw(st.integers(max_num_seqs if chunked else MAX_MODEL_LEN, 40)),
-        chunked=chunked,
-        prefix=kv_cache and batching == "continuous" and draw(st.booleans()),
-        kv_cache=kv_cache,
-        window=window,
-        num_sinks=draw(st.sampled_from((0, 1, 3))) if window else 0,
-        max_model_len=MAX_MODEL_LEN,
-        eos=draw(st.sampled_from(((), (7,), tuple(range(8))))),
-        hash_function=draw(st.sampled_from((Simulation.__init__.__kwdefaults__["hash_function"], _constant))),
-    )
+from ridgeline.kvcache.block_pool import chain_hash
+from ridgeline.request import FinishReason
+from ridgeline.sampling_params import SamplingParams
+from tests.unit.fake_executor import Engine, text
 
 
-def _constant(parent: bytes, token_ids) -> bytes:
+def constant_hash(parent, token_ids):
     return b"same"
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    @initialize(simulation=simulations())
-    def begin(self, simulation):
-        self.simulation = simulation
+MODES = {
+    "continuous": {},
+    "chunks of 5": {"budget": 5},
+    "whole prompts": {"chunked": False, "budget": 40, "max_model_len": 40},
+    "no prefix cache": {"prefix": False},
+    "hash collisions": {"hash_function": constant_hash},
+    "one at a time": {"batching": "none", "prefix": False},
+    "one at a time, prefix cache": {"max_num_seqs": 1},
+    "static": {"batching": "static", "budget": 60, "max_model_len": 40},
+    "no kv cache": {"kv_cache": False, "budget": 60, "max_model_len": 40},
+    "static, no kv cache": {"batching": "static", "kv_cache": False, "budget": 60, "max_model_len": 40},
+    "window": {"window": 6, "num_blocks": 10, "budget": 5},
+    "window of 1": {"window": 1, "num_blocks": 6, "budget": 5},
+    "window and sinks": {"window": 9, "num_sinks": 5, "num_blocks": 12},
+    "window, no prefix cache": {"window": 6, "num_blocks": 10, "prefix": False},
+    "window, static": {"window": 6, "batching": "static", "budget": 60, "max_model_len": 40},
+    "window, tiny pool": {"window": 6, "num_blocks": 3, "max_num_seqs": 3},
+    "pool of 3": {"num_blocks": 3},
+    "pool of 3, no prefix cache": {"num_blocks": 3, "prefix": False},
+    "contiguous": {"block_size": 64, "num_blocks": 3, "max_num_seqs": 3, "prefix": False},
+    "many": {"num_blocks": 40, "max_num_seqs": 12},
+    "blocks of 1": {"block_size": 1, "num_blocks": 50},
+}
 
-    @rule(
-        shared=st.integers(0, 16),
-        own=st.lists(st.integers(0, 3), max_size=8),
-        priority=st.integers(-1, 1),
-        max_tokens=st.sampled_from((1, 2, 5, 20, None)),
-        min_tokens=st.integers(0, 1),
-        prompt_logprobs=st.sampled_from((None, None, None, 0)),
-        stop_token_ids=st.sampled_from(((), (), (11, 12, 13))),
+
+def prompt_of(engine, rng):
+    """Of three families with shared prefixes, as long as the engine allows."""
+    family = text(60, seed=rng.randrange(3))
+    kept = rng.choice((0, 3, 8, 12, 17, 30))
+    own = text(rng.randrange(1, 9), seed=rng.randrange(100))
+    return (family[:kept] + own)[: engine.scheduler.max_request_tokens - 1]
+
+
+def params_of(rng):
+    max_tokens = rng.choice((1, 2, 5, 12, None))
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min(rng.choice((0, 0, 3)), max_tokens or 3),
+        ignore_eos=rng.random() < 0.5,
+        stop_token_ids=rng.choice(((), (7, 8))),
+        prompt_logprobs=rng.choice((None, None, None, 0)),
+        repetition_penalty=rng.choice((1.0, 1.0, 1.5)),
     )
-    def add(self, shared, own, **params):
-        """Many prompts share their first tokens."""
-        try:
-            self.simulation.add([i % 3 for i in range(shared)] + own, **params)
-        except RequestError as error:
-            assert str(shared + len(own)) in str(error) or "empty" in str(error)
 
-    @rule(choice=st.integers(0, 1000))
-    def abort(self, choice):
-        """Any request: waiting, running, preempted or over."""
-        live = [n for n, r in self.simulation.requests.items() if r.finish_reason is None]
-        if live:
-            self.simulation.abort(live[choice % len(live)])
 
-    @rule(count=st.integers(1, 6))
-    def step(self, count):
-        for _ in range(count):
-            self.simulation.step()
+def act(engine, rng):
+    """One random thing -> the plan, if it was a step."""
+    choice = rng.random()
+    if choice < 0.25 or len(engine.live) < 3:
+        engine.add(prompt_of(engine, rng), params_of(rng), priority=rng.choice((0, 0, 0, -1, 5)), seed=rng.randrange(3))
+    elif choice < 0.29 and engine.live:
+        engine.abort(rng.choice(sorted(engine.live)))
+    elif choice < 0.31 and engine.live:
+        finish(engine, rng.choice(sorted(engine.live)))
+    elif choice < 0.35:
+        return engine.step(meanwhile=lambda: replace_one(engine, rng))
+    elif choice < 0.36:
+        return skip_a_plan(engine, rng)
+    else:
+        return engine.step()
+    return None
 
-    @rule(choice=st.integers(0, 1000))
-    def abort_in_flight(self, choice):
-        """An abort between deciding and recording."""
-        plan = self.simulation.scheduler.schedule()
-        sampled = self.simulation.execute(plan)
-        if plan.rows:
-            self.simulation.abort(plan.rows[choice % len(plan.rows)].request_id)
-        self.simulation.scheduler.update(plan, sampled)
 
-    @invariant()
-    def holds(self):
-        if hasattr(self, "simulation"):
-            self.simulation.scheduler.check_invariants()
+def finish(engine, request_id):
+    """As the detokenizer does for a stop string."""
+    request = engine.live.pop(request_id)
+    engine.scheduler.finish(request_id, FinishReason.STOP, "stop")
+    assert (request.finish_reason, request.stop_reason) == (FinishReason.STOP, "stop")
+    engine.scheduler.finish(request_id, FinishReason.STOP, "again")
+    assert request.stop_reason == "stop"
+
+
+def replace_one(engine, rng):
+    """While a step is in flight, abort a request and begin another under its name."""
+    if engine.live:
+        request_id = rng.choice(sorted(engine.live))
+        engine.abort(request_id)
+        if rng.random() < 0.7:
+            engine.add(prompt_of(engine, rng), params_of(rng), request_id=request_id)
+
+
+def skip_a_plan(engine, rng):
+    """A step whose every request is gone, and one of them back, before its results arrive."""
+    plan = engine.scheduler.schedule()
+    engine.check_plan(plan)
+    sampled = engine.execute(plan)
+    victims = [r.request_id for r in plan.rows if r.request_id in engine.live]
+    for request_id in victims:
+        engine.abort(request_id)
+    for request_id in victims[:1]:
+        engine.add(prompt_of(engine, rng), params_of(rng), request_id=request_id)
+    later = engine.scheduler.schedule()
+    engine.check_plan(later)
+    late = engine.execute(later)
+    assert engine.scheduler.update(plan, sampled) == [], "results of an older request were taken"
+    for request in engine.scheduler.update(later, late):
+        engine.scores[request.request_id] += [e[0] for e in late[request.request_id].prompt_logprobs]
+        if request.finish_reason is not None:
+            engine.check_finished(engine.live.pop(request.request_id))
+    engine.scheduler.check_invariants()
+    return later
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    @initialize(
+        mode=st.sampled_from(sorted(MODES)),
+        num_blocks=st.none() | st.integers(3, 24),
+        max_num_seqs=st.none() | st.integers(1, 6),
+    )
+    def start(self, mode, num_blocks, max_num_seqs):
+        options = dict(MODES[mode])
+        if num_blocks is not None:
+            options["num_blocks"] = num_blocks
+        if max_num_seqs is not None:
+            options["max_num_seqs"] = min(max_num_seqs, options.get("budget", 16))
+        self.engine = Engine(**options)
+
+    @rule(seed=st.integers(0, 10**6), priority=st.sampled_from((0, 0, -1, 5)))
+    def add(self, seed, priority):
+        rng = random.Random(seed)
+        self.engine.add(prompt_of(self.engine, rng), params_of(rng), priority=priority, seed=seed % 3)
+
+    @precondition(lambda self: self.engine.live)
+    @rule(which=st.integers(0, 1000), outside=st.booleans())
+    def end(self, which, outside):
+        live = sorted(self.engine.live)
+        (finish if outside else Engine.abort)(self.engine, live[which % len(live)])
+
+    @rule(times=st.integers(1, 6))
+    def step(self, times):
+        for _ in range(times):
+            self.engine.step()
+
+    @rule(seed=st.integers(0, 10**6))
+    def step_and_replace(self, seed):
+        rng = random.Random(seed)
+        self.engine.step(meanwhile=lambda: replace_one(self.engine, rng))
+
+    @rule(seed=st.integers(0, 10**6))
+    def late_results(self, seed):
+        skip_a_plan(self.engine, random.Random(seed))
 
     def teardown(self):
-        if hasattr(self, "simulation"):
-            self.simulation.run()
+        if hasattr(self, "engine"):
+            self.engine.drain()
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=120, stateful_step_count=25, deadline=None)
-TestScheduler = SchedulerMachine.TestCase
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_random_steps(mode):
+    """500 steps in each mode: together more than 10,000."""
+    engine, rng = Engine(**MODES[mode]), random.Random(mode)
+    seen = Counter()
+    num_steps = 0
+    while num_steps < 500:
+        plan = act(engine, rng)
+        if plan is not None:
+            num_steps += 1
+            seen.update(rows=len(plan.rows), preempted=len(plan.preempted))
+        if len(engine.live) > 15:
+            engine.step()
+            num_steps += 1
+    engine.drain()
+    assert len(engine.done) > 25 and seen["rows"] > 350
+    print(mode, seen, len(engine.done), engine.pool.stats)
+    if False:
+        assert seen["preempted"] > 5
+    if mode in ("continuous", "window", "many"):
+        assert engine.pool.stats.num_hit_tokens > 100
+    if "no prefix cache" in mode:
+        assert engine.pool.stats.num_hit_tokens == 0
+
+
+def test_ten_thousand_bare_steps_take_seconds():
+    """As in a simulation: no fake cache, no checks, 500 requests at a time."""
+    from ridgeline.request import Sampled
+
+    engine, rng = Engine(num_blocks=400, block_size=16, max_num_seqs=32, budget=256, max_model_len=512), random.Random(0)
+    scheduler = engine.scheduler
+    started, num_steps = time.perf_counter(), 0
+    while num_steps < 10_000:
+        if scheduler.num_waiting == 0:
+            for _ in range(500):
+                params = SamplingParams(max_tokens=rng.randrange(1, 60), ignore_eos=True)
+                engine.add(text(rng.randrange(1, 200), seed=rng.randrange(30)), params)
+        plan = scheduler.schedule()
+        scheduler.update(plan, {r.request_id: Sampled(9, 0.0) for r in plan.rows if r.num_logits})
+        num_steps += 1
+    seconds = time.perf_counter() - started
+    assert chain_hash and engine.num_added > 500
+    assert seconds < 60, f"{seconds:.1f} s"
+    print(f"{seconds:.1f} s, {engine.num_added} requests, {scheduler.num_preemptions} preemptions")

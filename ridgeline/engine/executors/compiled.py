@@ -9,8 +9,8 @@ compiled, and how long it took, is in `compile_stats`.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,31 +55,29 @@ def _paged_attention(
     k_scales: torch.Tensor | None,
     v_scales: torch.Tensor | None,
     scale: float,
-    window: int | None,
+    window: int,
     num_sinks: int,
     implementation: str,
 ) -> torch.Tensor:
-    return paged_attention(
-        q,
-        q_sinks,
-        positions,
-        query_start_loc,
-        seq_lens,
-        block_tables,
-        k_pages,
-        v_pages,
-        k_scales,
-        v_scales,
-        scale,
-        window,
-        num_sinks,
-        implementation,
-    )
+    """window -1: none. An optional int would not do: torch 2.13 turns a symbolic one into None."""
+    pages = (k_pages, v_pages, k_scales, v_scales)
+    lengths = (positions, query_start_loc, seq_lens, block_tables)
+    limit = None if window < 0 else window
+    return paged_attention(q, q_sinks, *lengths, *pages, scale, limit, num_sinks, implementation)
 
 
 @_paged_attention.register_fake
 def _(q: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(q)
+
+
+def _attend(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """The custom op with the arguments of `torch_ops.paged_attention`."""
+    *before, window, num_sinks, implementation = rest
+    attended: torch.Tensor = _paged_attention(
+        q, *before, -1 if window is None else window, num_sinks, implementation
+    )
+    return attended
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +107,9 @@ class CompiledExecutor:
             device=config.device,
             attention=config.attention,
             store_kv=_store_kv,
-            paged_attention=_paged_attention,
+            paged_attention=_attend,
         )
         weights = bind_decoder(self.ops, model.config, model.weights, max_model_len=config.max_model_len)
-        self._graphs: list[float] = []
-        self._breaks: Counter[str] = Counter()
 
         def step(batch: TorchBatch) -> torch.Tensor:
             return decoder(self.ops, model.config, weights, batch)
