@@ -123,10 +123,12 @@ class BlockManager:
         """Grow the table to hold the first num_tokens tokens; False, and as it was, when there is no room."""
         table = self._tables.setdefault(request.request_id, Table())
         self._drop_behind_window(table, request.num_computed_tokens)
-        blocks = self.pool.allocate(self.num_missing(request, num_tokens))
-        if blocks is None:
-            return False
-        table.block_ids.extend(blocks)
+        num_missing = self.num_blocks_for(num_tokens) - len(table.block_ids)
+        if num_missing > 0:
+            blocks = self.pool.allocate(num_missing)
+            if blocks is None:
+                return False
+            table.block_ids.extend(blocks)
         return True
 
     def _drop_behind_window(self, table: Table, num_computed: int) -> None:

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 def compile_template(source: str) -> Callable[[Mapping[str, Any]], str]:
     """The template as a function of its variables.
 
-    Raises TokenizerError if it is not valid or does what the sandbox forbids; the function raises RequestError
-    if it does not accept the conversation.
+    Raises TokenizerError if it is not valid. The function raises RequestError if the template does not accept
+    the conversation, TokenizerError if it tries what the sandbox forbids.
     """
     import jinja2
 

@@ -1,11 +1,11 @@
 """A tokenizer from the vocabulary inside a GGUF file.
 
-`tokenizer.ggml.model` says which kind. "gpt2" is byte-level BPE with its merges in the file; how text is split
-before merging is known by name only (`tokenizer.ggml.pre`), so the expressions are here, in `PRE_TOKENIZERS`.
-"llama" is SentencePiece BPE: no merges, but a score for each piece. Any two neighbours whose concatenation is
-a piece may merge, best score first; that is BPE with all such pairs as merges (`derive_merges`). For Gemma's
-262144 pieces these are 514906, so they are derived once and kept in the cache directory, as pairs of ids: the
-same as a tokenizer.json takes twice as long to load.
+`tokenizer.ggml.model` says which kind. "gpt2" is byte-level BPE with its merges in the file; how text is cut
+before merging is known by name only (`tokenizer.ggml.pre`), so `PRE_TOKENIZERS` has the expressions.
+"llama" is SentencePiece BPE: no merges, but a score for each piece. Two neighbours whose concatenation is a
+piece may merge, best score first; that is BPE with all such pairs as merges (`derive_merges`). Gemma's 262144
+pieces have 514906, so they are derived once and kept in the cache directory, as pairs of ids: from a
+tokenizer.json the same takes half as long again.
 
 Sources: llama.cpp src/llama-vocab.cpp; the tokenizer.json files of the models named.
 """
@@ -34,8 +34,8 @@ from ridgeline.tokenizer.tokenizer import Tokenizer
 _NORMAL, _CONTROL, _USER_DEFINED, _BYTE = 1, 3, 4, 6
 """Values of tokenizer.ggml.token_type that matter here."""
 _SPACE = "\u2581"
-MAX_PIECE_CHARS = 1024
-"""Deriving merges takes every cut of every piece. The longest of Gemma has 93 characters."""
+MAX_PIECE_CHARS = 256
+"""Deriving merges takes every cut of every piece. The longest of Gemma has 31 characters."""
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -96,7 +96,7 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
                 [
                     AddedToken(piece, special=kind == _CONTROL, normalized=False)
                     for piece, kind in zip(vocabulary.pieces, vocabulary.types.tolist(), strict=True)
-                    if (kind == _CONTROL or kind == _USER_DEFINED) and piece.strip(_SPACE)
+                    if kind in (_CONTROL, _USER_DEFINED) and piece.strip(_SPACE)
                 ]
             )
         except TokenizerError:
@@ -184,7 +184,8 @@ def derive_merges(pieces: Sequence[str], types: NDArray[np.int32], scores: NDArr
         piece = pieces[i]
         if len(piece) > MAX_PIECE_CHARS:
             raise TokenizerError(
-                f"token {i} has {len(piece)} characters; expected at most {MAX_PIECE_CHARS}: the file is damaged"
+                f"token {i} has {len(piece)} characters; expected at most {MAX_PIECE_CHARS}; "
+                "the file is damaged: fetch it again"
             )
         for cut in range(len(piece) - 1, 0, -1):
             left = ids.get(piece[:cut])
@@ -211,9 +212,10 @@ def _cached_merges(vocabulary: _Vocabulary) -> Pairs:
     content = pairs.astype("<i4").tobytes()
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as temporary:
-            temporary.write(hashlib.sha256(content).digest() + content)
-        os.replace(temporary.name, file)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
+            written = Path(folder) / file.name
+            written.write_bytes(hashlib.sha256(content).digest() + content)
+            os.replace(written, file)
     except OSError as error:
         logger.warning("the tokenizer's merges are not kept, so every start derives them again: %s", error)
     return pairs
@@ -252,7 +254,9 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
         "".join(strings).encode()
     except UnicodeEncodeError:
         broken = next(i for i, s in enumerate(strings) if any("\ud800" <= c <= "\udfff" for c in s))
-        raise TokenizerError(f"{key}: entry {broken} is not UTF-8; the file is damaged") from None
+        raise TokenizerError(
+            f"{key}: entry {broken} is not UTF-8; the file is damaged: fetch it again"
+        ) from None
     return strings
 
 
@@ -264,8 +268,8 @@ def _numbers(metadata: Mapping[str, Any], key: str, expected: int) -> NDArray[An
     numbers = np.asarray(value)
     if numbers.shape != (expected,) or numbers.dtype.kind not in "iuf":
         raise TokenizerError(
-            f"{key}: expected {expected} numbers, one a token, found {numbers.dtype} of shape {numbers.shape}; "
-            "the file is damaged"
+            f"{key}: expected {expected} numbers, one a token, found {numbers.dtype} "
+            f"of shape {numbers.shape}; the file is damaged: fetch it again"
         )
     return numbers
 

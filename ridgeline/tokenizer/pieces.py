@@ -1,13 +1,11 @@
 """What bytes a token of the vocabulary stands for, so that text is a concatenation.
 
 Both kinds of vocabulary spell bytes as characters: byte-level BPE by GPT-2's table (a space is "Ġ"),
-SentencePiece by "▁" for a space and "<0x0A>" for a byte that has no piece. Undone once per token, decoding is
-joining bytes and reading them as UTF-8, and a stream can stop between any two bytes. `PieceDecoder` is read from
-the decoder of the `tokenizers` library, whose text it reproduces.
-
-They differ on one kind of damage. Where a run of "<0xNN>" tokens is not valid as a whole, the library turns every
-byte of the run into U+FFFD, the valid characters too; we follow SentencePiece and keep those. Otherwise text
-would have to wait for the end of the run.
+SentencePiece by "▁" for a space and "<0x0A>" for a byte that has no piece. With this undone once per token,
+decoding is joining bytes and reading them as UTF-8, and a stream may stop between any two bytes. The rules
+are read from the decoder of the `tokenizers` library and give its text, except for one kind of damage:
+where a run of "<0xNN>" tokens is not valid as a whole, the library turns every byte of it into U+FFFD, valid
+characters too. Like SentencePiece we keep those; otherwise text would have to wait for the end of its run.
 """
 
 from __future__ import annotations

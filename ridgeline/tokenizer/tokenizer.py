@@ -1,8 +1,8 @@
 """`Tokenizer`: text to token ids, token ids to text, messages to a prompt.
 
-Splitting text is the work of the `tokenizers` library. Around it are three rules of our own: the tokens that
-begin and end a prompt are put there by us (and never twice, when a chat template wrote them already), decoding
-is joining bytes (`pieces`), and what stands in the text as a special token is one, unless asked otherwise.
+Splitting text is the work of the `tokenizers` library. Around it are three rules of our own: we put the
+tokens that begin and end a prompt (and never twice, where a chat template wrote them already), decoding is
+joining bytes (`pieces`), and what stands in the text as a special token is one, unless asked otherwise.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class Tokenizer:
     def _template(self) -> Callable[[Mapping[str, Any]], str]:
         if self.chat_template is None:
             raise TokenizerError(
-                "this model has no chat template, so it was probably not trained to chat; write the prompt as "
-                "plain text (`generate`, /v1/completions), or use an instruction-tuned model"
+                "this model has no chat template, so it was probably not trained to chat; write the prompt "
+                "as plain text (`generate`, /v1/completions), or use an instruction-tuned model"
             )
         return compile_template(self.chat_template)
 

@@ -7,7 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ridgeline.checkpoint.safetensors import INDEX, read_hf, read_safetensors, write_safetensors
@@ -20,7 +20,7 @@ ARRAYS = {
     "half": RNG.standard_normal((2, 3)).astype(np.float16),
     "double": RNG.standard_normal((2,)),
     "brain": np.arange(6, dtype=np.uint16).reshape(3, 2),
-    "scalar": np.float32(2.5).reshape(()),
+    "scalar": np.array(2.5, np.float32),
     "empty": np.zeros((0, 4), np.float32),
 }
 KINDS = {"a": "F32", "half": "F16", "double": "F64", "brain": "BF16", "scalar": "F32", "empty": "F32"}
@@ -178,6 +178,7 @@ def valid(tmp_path_factory):
     return write(tmp_path_factory.mktemp("fuzz") / "model.safetensors")
 
 
+@settings(max_examples=500)
 @given(st.data())
 def test_mutated_files_end_in_an_error_or_in_the_same_kind_of_result(valid, data):
     """Flip, cut and insert bytes, mostly in the header: an error, or tensors that lie inside the file."""

@@ -15,8 +15,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from ridgeline.kvcache.block_pool import chain_hash
-from ridgeline.request import FinishReason
+from ridgeline.request import FinishReason, Sampled
 from ridgeline.sampling_params import SamplingParams
 from tests.unit.fake_executor import Engine, text
 
@@ -191,32 +190,30 @@ def test_random_steps(mode):
             engine.step()
             num_steps += 1
     engine.drain()
-    assert len(engine.done) > 25 and seen["rows"] > 350
-    print(mode, seen, len(engine.done), engine.pool.stats)
-    if False:
-        assert seen["preempted"] > 5
-    if mode in ("continuous", "window", "many"):
+    assert len(engine.done) > 25 and seen["rows"] > 200
+    if mode in ("continuous", "whole prompts", "window and sinks", "blocks of 1"):
+        assert seen["preempted"] > 0
+    if mode in ("continuous", "many", "window"):
         assert engine.pool.stats.num_hit_tokens > 100
     if "no prefix cache" in mode:
         assert engine.pool.stats.num_hit_tokens == 0
 
 
 def test_ten_thousand_bare_steps_take_seconds():
-    """As in a simulation: no fake cache, no checks, 500 requests at a time."""
-    from ridgeline.request import Sampled
-
-    engine, rng = Engine(num_blocks=400, block_size=16, max_num_seqs=32, budget=256, max_model_len=512), random.Random(0)
-    scheduler = engine.scheduler
+    """As in a simulation: no fake cache and no checks, 500 requests waiting, blocks for half of what they want."""
+    engine = Engine(num_blocks=60, block_size=16, max_num_seqs=16, budget=256, max_model_len=512)
+    scheduler, rng = engine.scheduler, random.Random(0)
+    texts = [text(200, seed=seed) for seed in range(30)]
     started, num_steps = time.perf_counter(), 0
     while num_steps < 10_000:
         if scheduler.num_waiting == 0:
             for _ in range(500):
                 params = SamplingParams(max_tokens=rng.randrange(1, 60), ignore_eos=True)
-                engine.add(text(rng.randrange(1, 200), seed=rng.randrange(30)), params)
+                engine.add(rng.choice(texts)[: rng.randrange(1, 200)], params)
         plan = scheduler.schedule()
         scheduler.update(plan, {r.request_id: Sampled(9, 0.0) for r in plan.rows if r.num_logits})
         num_steps += 1
     seconds = time.perf_counter() - started
-    assert chain_hash and engine.num_added > 500
+    assert engine.num_added > 1000 and scheduler.num_preemptions > 5
+    assert engine.pool.stats.num_hit_tokens > 10_000
     assert seconds < 60, f"{seconds:.1f} s"
-    print(f"{seconds:.1f} s, {engine.num_added} requests, {scheduler.num_preemptions} preemptions")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -55,15 +54,13 @@ def _paged_attention(
     k_scales: torch.Tensor | None,
     v_scales: torch.Tensor | None,
     scale: float,
-    window: int,
+    window: int | None,
     num_sinks: int,
     implementation: str,
 ) -> torch.Tensor:
-    """window -1: none. An optional int would not do: torch 2.13 turns a symbolic one into None."""
     pages = (k_pages, v_pages, k_scales, v_scales)
     lengths = (positions, query_start_loc, seq_lens, block_tables)
-    limit = None if window < 0 else window
-    return paged_attention(q, q_sinks, *lengths, *pages, scale, limit, num_sinks, implementation)
+    return paged_attention(q, q_sinks, *lengths, *pages, scale, window, num_sinks, implementation)
 
 
 @_paged_attention.register_fake
@@ -71,13 +68,13 @@ def _(q: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(q)
 
 
-def _attend(q: torch.Tensor, *rest: Any) -> torch.Tensor:
-    """The custom op with the arguments of `torch_ops.paged_attention`."""
-    *before, window, num_sinks, implementation = rest
-    attended: torch.Tensor = _paged_attention(
-        q, *before, -1 if window is None else window, num_sinks, implementation
-    )
-    return attended
+def _num_graphs() -> int:
+    """Graphs that Dynamo has made in this process."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _num_breaks() -> int:
+    return int(sum(torch._dynamo.utils.counters["graph_break"].values()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +104,25 @@ class CompiledExecutor:
             device=config.device,
             attention=config.attention,
             store_kv=_store_kv,
-            paged_attention=_attend,
+            paged_attention=_paged_attention,
         )
         weights = bind_decoder(self.ops, model.config, model.weights, max_model_len=config.max_model_len)
 
         def step(batch: TorchBatch) -> torch.Tensor:
             return decoder(self.ops, model.config, weights, batch)
 
-        torch._dynamo.reset()
-        self._step = torch.compile(step, fullgraph=True, dynamic=True)
+        self._graphs_before, self._breaks_before = _num_graphs(), _num_breaks()
+        # dynamic=True would make the integers of the config symbolic too, and torch 2.13 then answers
+        # `index in config.window_layers` wrongly; the two sizes that vary are marked in `forward`.
+        self._step = torch.compile(step, fullgraph=True)
         self._compile_s = 0.0
 
     def compile_stats(self) -> CompileStats:
         """Graphs, breaks, recompiles and seconds since this executor was made."""
-        counters = torch._dynamo.utils.counters
-        num_graphs = counters["stats"]["unique_graphs"]
+        num_graphs = _num_graphs() - self._graphs_before
         return CompileStats(
             num_graphs=num_graphs,
-            num_graph_breaks=sum(counters["graph_break"].values()),
+            num_graph_breaks=_num_breaks() - self._breaks_before,
             num_recompiles=max(num_graphs - 1, 0),
             compile_s=self._compile_s,
         )
@@ -135,9 +133,9 @@ class CompiledExecutor:
         tensors = TorchBatch.from_host(self._padded(batch), self._device)
         for tensor in (tensors.token_ids, tensors.positions, tensors.slot_mapping, tensors.logit_rows):
             torch._dynamo.mark_dynamic(tensor, 0)
-        graphs, started = torch._dynamo.utils.counters["stats"]["unique_graphs"], time.perf_counter()
+        graphs, started = _num_graphs(), time.perf_counter()
         logits = self._step(tensors)
-        if torch._dynamo.utils.counters["stats"]["unique_graphs"] > graphs:
+        if _num_graphs() > graphs:
             self._compile_s += time.perf_counter() - started
         return logits_to_numpy(logits)[:num_logits]
 
