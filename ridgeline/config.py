@@ -275,8 +275,9 @@ class EngineConfig:
         if cache.kv_layout == "contiguous":
             if cache.block_size not in (None, whole):
                 raise ConfigError(
-                    f"block_size={cache.block_size} with kv_layout='contiguous': there a block is one request's "
-                    f"{whole} tokens (max_model_len rounded up to {TILE_TOKENS}); leave block_size out"
+                    f"block_size={cache.block_size} with kv_layout='contiguous': there a block is one "
+                    f"request's {whole} tokens (max_model_len rounded up to {TILE_TOKENS}); "
+                    "leave block_size out"
                 )
             block_size = whole
         else:
@@ -284,8 +285,9 @@ class EngineConfig:
         reusable = cache.kv_layout == "paged" and cache.kv_cache and self.scheduler.batching == "continuous"
         if cache.enable_prefix_caching and not reusable:
             raise ConfigError(
-                "enable_prefix_caching needs kv_cache=True, kv_layout='paged' and batching='continuous'; given "
-                f"kv_cache={cache.kv_cache}, kv_layout={cache.kv_layout!r}, batching={self.scheduler.batching!r}"
+                "enable_prefix_caching needs kv_cache=True, kv_layout='paged' and batching='continuous'; "
+                f"given kv_cache={cache.kv_cache}, kv_layout={cache.kv_layout!r}, "
+                f"batching={self.scheduler.batching!r}"
             )
         return replace(
             cache,
@@ -308,8 +310,8 @@ class EngineConfig:
         budget = scheduler.max_num_batched_tokens or (512 if chunked else max_model_len)
         if not chunked and budget < max_model_len:
             raise ConfigError(
-                f"max_num_batched_tokens={budget} is below max_model_len={max_model_len}, and prompts are not "
-                "chunked: a long prompt could never run. Raise the one or lower the other"
+                f"max_num_batched_tokens={budget} is below max_model_len={max_model_len}, and prompts are "
+                "not chunked: a long prompt could never run. Raise the one or lower the other"
             )
         num_seqs = 1 if scheduler.batching == "none" else scheduler.max_num_seqs
         return replace(

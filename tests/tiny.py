@@ -11,10 +11,18 @@ from ridgeline.config import LoadConfig, ModelConfig, RopeConfig
 from ridgeline.models.load import LoadedModel
 from ridgeline.models.registry import expected_shapes
 from ridgeline.models.surgery import change_config
-from ridgeline.quant.formats import FORMATS, Weight
+from ridgeline.quant.formats import FORMATS
+from ridgeline.quant.weight import Weight
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {"arch": "llama", "num_layers": 2, "num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "qkv_bias": True},
+    "llama": {
+        "arch": "llama",
+        "num_layers": 2,
+        "num_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "qkv_bias": True,
+    },
     "gemma3": {
         "arch": "gemma3",
         "num_layers": 3,

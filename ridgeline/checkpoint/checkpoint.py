@@ -18,7 +18,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from ridgeline.errors import CheckpointError
-from ridgeline.quant.formats import QuantFormat, Weight
+from ridgeline.quant.formats import QuantFormat
+from ridgeline.quant.weight import Weight
 
 _NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 

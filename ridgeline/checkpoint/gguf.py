@@ -27,7 +27,8 @@ import numpy as np
 
 from ridgeline.checkpoint.checkpoint import TensorEntry, map_weight, missing_tensor
 from ridgeline.errors import CheckpointError, ModelNotFoundError
-from ridgeline.quant.formats import GGML_TYPES, Array, QuantFormat, Weight
+from ridgeline.quant.formats import GGML_TYPES, Array, QuantFormat
+from ridgeline.quant.weight import Weight
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from ridgeline.checkpoint.checkpoint import TensorEntry, map_weight, missing_tensor
 from ridgeline.errors import CheckpointError, ModelNotFoundError
-from ridgeline.quant.formats import FORMATS, QuantFormat, Weight
+from ridgeline.quant.formats import FORMATS, QuantFormat
+from ridgeline.quant.weight import Weight
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""

@@ -1,20 +1,20 @@
-"""`ridgeline chat`: a conversation in the terminal; the prefix cache makes each turn cost only its own tokens."""
+"""`ridgeline chat`: a conversation in the terminal; the prefix cache makes a turn cost its own tokens."""
 
 from __future__ import annotations
 
 import sys
 
 from ridgeline.cli.generate import run
+from ridgeline.cli.options import ChatParams
 from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.errors import RequestError
-from ridgeline.sampling_params import SamplingParams
 
 
 def chat(
     *,
     engine: EngineConfig,
-    sampling: SamplingParams = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=512),
+    sampling: ChatParams = ChatParams(),
     system: str | None = None,
 ) -> None:
     """Talk with a model. /clear forgets the conversation, /exit or Ctrl-D ends it.

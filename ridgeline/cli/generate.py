@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from ridgeline.cli.options import print_json
+from ridgeline.cli.options import GreedyParams, print_json
 from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine, Prompt
 from ridgeline.errors import RequestError
@@ -21,7 +21,7 @@ def generate(
     prompt: str,
     *,
     engine: EngineConfig,
-    sampling: SamplingParams = SamplingParams(temperature=0.0, max_tokens=256),
+    sampling: GreedyParams = GreedyParams(),
     chat: bool = False,
     json: bool = False,
     stats: bool = False,

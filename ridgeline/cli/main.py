@@ -24,11 +24,15 @@ app = make_app(
         ridgeline inspect smollm2
     """,
 )
-app.command("ridgeline.cli.generate:generate")
-app.command("ridgeline.cli.chat:chat")
-app.command("ridgeline.cli.inspect:inspect")
-app.command("ridgeline.cli.synth:synth")
-app.command("ridgeline.cli.serve:serve")
+COMMANDS = {
+    "generate": "Continue a prompt, or answer it; tokens appear as they are made.",
+    "chat": "Talk with a model in the terminal.",
+    "serve": "Serve a model over the OpenAI API.",
+    "inspect": "What is in a GGUF file or Hugging Face directory.",
+    "synth": "Write a seeded model file of any shape, for tests and measurements.",
+}
+for _name, _summary in COMMANDS.items():
+    app.command(f"ridgeline.cli.{_name}:{_name}", help=_summary if "--help" not in sys.argv[2:] else None)
 
 
 def main(tokens: list[str] | None = None) -> None:

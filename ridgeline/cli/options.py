@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence  # noqa: F401  named by inherited fields, resolved here
+from dataclasses import dataclass
 from typing import Any
 
 from cyclopts import App, Parameter
@@ -17,7 +19,25 @@ from ridgeline.sampling_params import SamplingParams
 
 SHORT_NAMES = {"model": "-m"}
 
-for _group in (EngineConfig, LoadConfig, CacheConfig, SchedulerConfig, SamplingParams):
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GreedyParams(SamplingParams):
+    """SamplingParams as a command line wants them: greedy, and longer than 16 tokens."""
+
+    temperature: float = 0.0
+    max_tokens: int | None = 256
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatParams(SamplingParams):
+    """SamplingParams of a conversation."""
+
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_tokens: int | None = 512
+
+
+for _group in (EngineConfig, LoadConfig, CacheConfig, SchedulerConfig, GreedyParams, ChatParams):
     Parameter(name="*")(_group)
 
 

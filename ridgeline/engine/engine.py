@@ -72,6 +72,7 @@ class LLMEngine:
     def from_config(cls, config: EngineConfig) -> LLMEngine:
         """Find, map and load the model that `config` names, with its tokenizer."""
         model = load_model(locate_model(config.model), config.load)
+        assert model.checkpoint is not None
         return cls(config, model, load_tokenizer(model.checkpoint))
 
     def _eos_token_ids(self) -> tuple[int, ...]:
@@ -93,6 +94,7 @@ class LLMEngine:
         token ids out of the vocabulary, text without a tokenizer, an id that is in use.
         """
         params = params or SamplingParams()
+        params.check_vocabulary(self.model.config.vocab_size)
         request_id = request_id or f"req-{self._num_submitted}"
         if request_id in self._outputs:
             raise RequestError(f"request id {request_id!r} is already in use; wait for it or choose another")

@@ -10,7 +10,7 @@ from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.logs import logger
 
 FREE_MEMORY_SHARE = 0.5
-"""Of the free memory, for the cache when no size was given: the rest is for activations and other programs."""
+"""Of the free memory, for the cache when no size was given: the rest is for activations and others."""
 
 
 def free_memory_bytes() -> int:

@@ -322,23 +322,27 @@ class Scheduler:
         insort(self._running, request, key=self._key)
 
     def _has_room(self, request: Request, matched: list[Content]) -> bool:
-        """Blocks for what it and the running ones are about to need. Alone it is always admitted."""
+        """Blocks for all tokens of it and of the running ones, and some to grow into (the watermark).
+
+        A request that would run alone is always admitted.
+        """
         if not self._running:
             return True
         manager = self.manager
-        num_matched = len(matched) * manager.block_size
-        needed = manager.num_blocks_for(self._soon(request, num_matched)) - len(matched)
-        needed += manager.num_unheld(matched)
-        needed += sum(manager.num_missing(r, self._soon(r, r.num_computed_tokens)) for r in self._running)
-        return needed <= manager.pool.num_free
+        known = self._known(request, len(matched) * manager.block_size)
+        needed = manager.num_blocks_for(known) - len(matched) + manager.num_unheld(matched)
+        growth = 0
+        for r in self._running:
+            needed += manager.num_missing(r, self._known(r, r.num_computed_tokens))
+        for r in (request, *self._running):
+            growth += manager.num_blocks_for(self._most_tokens(r)) - manager.num_blocks_for(r.num_tokens)
+        return needed + min(growth, self._watermark) <= manager.pool.num_free
 
-    def _soon(self, request: Request, num_computed: int) -> int:
-        """Tokens to keep blocks for when admitting: all it has, and a block to grow into (the watermark)."""
-        block_size = self.manager.block_size
-        most = min(self._most_tokens(request), request.num_tokens + block_size)
-        if self._capacity is None:  # windowed: a step from now, blocks behind it are free again
-            most = min(most, num_computed + self._budget + block_size)
-        return most
+    def _known(self, request: Request, num_computed: int) -> int:
+        """Its tokens that need blocks at once: all, or with a window those that a step sees or computes."""
+        if self._capacity is not None:
+            return request.num_tokens
+        return min(request.num_tokens, num_computed + self._budget)
 
     def _most_tokens(self, request: Request) -> int:
         """Tokens that a request ends with at the latest."""

@@ -4,7 +4,7 @@ A transformer decoder of the Llama kind (Touvron et al. 2023, arXiv:2302.13971) 
 `ModelConfig` names: grouped-query attention, QK-norm, norms after as well as before each block, sliding
 windows with their own RoPE, attention sinks, scaled embeddings. No branch asks for an architecture.
 
-Letters: T tokens, L logit rows, C hidden, F intermediate, V vocabulary, H query heads, G KV heads, D head_dim.
+Letters: T tokens, L logit rows, C hidden, F intermediate, V vocabulary, H query and G KV heads, D head_dim.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ridgeline.models.rope import rope_frequencies
 from ridgeline.ops.interface import Batch, Handle, Ops, Tensor
 from ridgeline.ops.program import Program
 from ridgeline.ops.recorder import Recorder
-from ridgeline.quant.formats import Weight
+from ridgeline.quant.weight import Weight
 
 
 @dataclass(frozen=True, slots=True)

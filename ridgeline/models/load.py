@@ -20,7 +20,7 @@ from ridgeline.errors import CheckpointError
 from ridgeline.logs import logger
 from ridgeline.models.registry import ModelSpec, expected_shapes, spec_for
 from ridgeline.models.surgery import change_config, change_kv_heads, unpermute
-from ridgeline.quant.formats import Weight
+from ridgeline.quant.weight import Weight
 
 IGNORED_TENSORS = ("rope_freqs.weight", "rotary_emb.inv_freq", "output_norm_enc.weight")
 """Tensors that are read elsewhere or hold nothing that the config does not say."""

@@ -38,12 +38,12 @@ def locate_model(name: str) -> Path:
     Raises ModelNotFoundError that lists what is installed and how to get the rest.
     """
     if name not in ALIASES:
-        path = Path(os.path.expanduser(name))
+        path = os.path.expanduser(name)
         if not os.path.exists(path):
             raise ModelNotFoundError(
                 f"no file or directory {name!r}, and no such model alias. {_available()}"
             )
-        return path
+        return Path(path)
     model = ALIASES[name]
     folder = _package_folder(model.package)
     if folder is None:

@@ -14,7 +14,8 @@ import numpy as np
 from ridgeline.config import LoadConfig, ModelConfig, RopeConfig
 from ridgeline.errors import ConfigError
 from ridgeline.models.rope import rope_from_hf
-from ridgeline.quant.formats import FORMATS, Array, Weight
+from ridgeline.quant.formats import FORMATS, Array
+from ridgeline.quant.weight import Weight
 
 
 def change_config(config: ModelConfig, load: LoadConfig) -> ModelConfig:

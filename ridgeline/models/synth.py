@@ -64,6 +64,8 @@ FALLBACKS = {"Q2_K": "Q5_0", "Q3_K": "Q5_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _END_OF_TURN = 2
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256 + 1
+"""Special tokens, bytes, and one merge, without which tokenizers take a vocabulary for damaged."""
 _WORDS = """
 the of and to in is it you that he was for on are with as his they be at one have this from or had
 by hot but some what there we can out other were all your when up use word how said an each she
@@ -123,8 +125,8 @@ def preset_config(like: str, **overrides: Any) -> ModelConfig:
         )
     if head_dim < 4 or head_dim % 2:
         raise ConfigError(f"head_dim={head_dim}: expected an even number of at least 4")
-    if stated["vocab_size"] < 256 + len(SPECIAL_TOKENS):
-        raise ConfigError(f"vocab_size={stated['vocab_size']}: expected at least {256 + len(SPECIAL_TOKENS)}")
+    if stated["vocab_size"] < MIN_VOCAB_SIZE:
+        raise ConfigError(f"vocab_size={stated['vocab_size']}: expected at least {MIN_VOCAB_SIZE}")
 
     if not isinstance(stated["rope"], RopeConfig):
         stated["rope"] = RopeConfig(rotary_dim=head_dim, **stated["rope"])
@@ -223,21 +225,20 @@ def _chunks(
 ) -> Iterator[Array]:
     """The tensor, some rows at a time: whole heads, so that each chunk can be permuted alone."""
     rng = np.random.default_rng([seed, zlib.crc32(canonical.encode())])
-    if len(shape) == 1:
-        base = 1.0 - config.norm_offset if "norm" in canonical else 0.0
-        yield quantize(0.1 * rng.standard_normal(shape, np.float32) + np.float32(base), fmt)
-        return
-    num_rows, num_columns = shape
-    heads_per_chunk = max(1, _CHUNK_ELEMENTS // (num_columns * config.head_dim))
-    step = heads_per_chunk * config.head_dim
+    num_rows, num_columns = shape if len(shape) == 2 else (*shape, 1)
+    step = max(1, _CHUNK_ELEMENTS // (num_columns * config.head_dim)) * config.head_dim
     for start in range(0, num_rows, step):
         rows = min(step, num_rows - start)
-        num_blocks = rows * num_columns // fmt.block_size
-        blocks = random_blocks(fmt, num_blocks, rng, std=num_columns**-0.5).reshape(rows, -1)
-        if permuted and canonical.endswith(("q_proj", "k_proj")):
-            yield blocks.reshape(-1, 2, config.head_dim // 2, blocks.shape[1]).swapaxes(1, 2)
+        if len(shape) == 1:
+            base = 1.0 - config.norm_offset if "norm" in canonical else 0.0
+            values = quantize(0.1 * rng.standard_normal((rows, 1), np.float32) + np.float32(base), fmt)
         else:
-            yield blocks
+            num_blocks = rows * num_columns // fmt.block_size
+            values = random_blocks(fmt, num_blocks, rng, std=num_columns**-0.5).reshape(rows, -1)
+        if permuted and (".q_proj" in canonical or ".k_proj" in canonical):
+            yield values.reshape(-1, 2, config.head_dim // 2, values.shape[1]).swapaxes(1, 2)
+        else:
+            yield values
 
 
 def _vocabulary(vocab_size: int) -> tuple[list[str], list[str]]:

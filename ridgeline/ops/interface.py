@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ridgeline.config import Activation
-from ridgeline.quant.formats import Weight
+from ridgeline.quant.weight import Weight
 
 Tensor = TypeVar("Tensor")
 """An activation: a torch tensor, or a recorder's buffer."""
@@ -65,7 +65,7 @@ class Ops(Protocol[Tensor, Handle, Batch]):
         attention_factor: float,
         max_position: int | None = None,
     ) -> Tensor:
-        """cos and sin of batch.positions * inv_freq, times attention_factor -> [T, R]: R/2 cosines, R/2 sines.
+        """cos and sin of batch.positions * inv_freq, times attention_factor -> [T, R]: R/2 cosines and sines.
 
         Positions above max_position count as max_position (attention sinks). Computed once per step and
         kind of layer. The angle is a product in float32, or in float64 where ops compute in float64.

@@ -8,19 +8,20 @@ format; others are dequantized to float32 once. ctypes releases the GIL during t
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-import ridgeline
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.logs import logger
 from ridgeline.ops.batch import ForwardBatch
 from ridgeline.ops.program import Instruction, Opcode, Program
-from ridgeline.quant.formats import FORMATS, Weight
+from ridgeline.quant.formats import FORMATS
+from ridgeline.quant.weight import Weight
 
 ISAS = ("avx2", "generic")
 """Best first."""
@@ -85,10 +86,17 @@ class _Batch(ctypes.Structure):
     ] + [(name, ctypes.c_int32) for name in ("num_tokens", "num_seqs", "num_blocks_per_table", "num_logits")]
 
 
+def _folders() -> list[Path]:
+    """Where libraries may be: an editable install keeps them apart from the sources."""
+    package = importlib.util.find_spec("ridgeline")
+    assert package is not None and package.submodule_search_locations is not None
+    return [Path(root) / "lib" for root in package.submodule_search_locations]
+
+
 def _library_files() -> Iterator[tuple[str, Path]]:
     for isa in ISAS:
-        for root in ridgeline.__path__:
-            path = Path(root) / "lib" / f"libridgeline_{isa}.so"
+        for folder in _folders():
+            path = folder / f"libridgeline_{isa}.so"
             if path.is_file():
                 yield isa, path
 
@@ -102,7 +110,7 @@ def load_library(isa: str | None = None) -> tuple[str, ctypes.CDLL]:
     if "generic" not in found:
         raise ConfigError(
             "executor 'native' needs the compiled library libridgeline_generic.so, which is not in "
-            f"{', '.join(str(Path(p) / 'lib') for p in ridgeline.__path__)}; install a C++ compiler and run "
+            f"{', '.join(map(str, _folders()))}; install a C++ compiler and run "
             "`pip install .` again, or use executor='eager' with the torch extra"
         )
     supports = ctypes.CDLL(str(found["generic"])).rl_cpu_supports
@@ -183,7 +191,7 @@ class NativeProgram:
         num_threads: int,
         isa: str | None = None,
     ) -> None:
-        """Buffers for at most max_tokens rows per step, and for max_logits logit rows; these grow on demand."""
+        """Buffers for at most max_tokens rows per step, and max_logits logit rows, which grow on demand."""
         self.isa, self._library = load_library(isa)
         self._program = program
         self._plan = program.plan_buffers()

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from ridgeline.quant.formats import Weight
+from ridgeline.quant.weight import Weight
 
 Rows = Literal["T", "L"]
 
@@ -118,8 +118,8 @@ class Program:
             ]
             lines.append(f"{number:4d}  {out}{instruction.opcode.name.lower()}({', '.join(operands)})")
         lines.append(
-            f"{len(self.instructions)} instructions, {len(self.buffers)} buffers, {len(self.weights)} weights, "
-            f"{self.weight_bytes():,} weight bytes"
+            f"{len(self.instructions)} instructions, {len(self.buffers)} buffers, "
+            f"{len(self.weights)} weights, {self.weight_bytes():,} weight bytes"
         )
         return "\n".join(lines)
 

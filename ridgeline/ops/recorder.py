@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from ridgeline.config import Activation
 from ridgeline.ops.program import Buffer, Instruction, Opcode, Program, Rows
-from ridgeline.quant.formats import Weight
+from ridgeline.quant.weight import Weight
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""What a tensor's bytes mean: the table of formats, and `Weight`, the only kind of weight there is.
+"""What a tensor's bytes mean: the table of formats.
 
 A format stores `block_size` consecutive elements of a row in `block_bytes` bytes. The GGUF names and
 numbers are ggml's (ggml-common.h); the layouts are spelled out in `quant.gguf_blocks`.
@@ -64,35 +64,3 @@ def format_named(name: str) -> QuantFormat:
     if name not in FORMATS:
         raise CheckpointError(f"unknown tensor format {name!r}; known: {', '.join(FORMATS)}")
     return FORMATS[name]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Weight:
-    """A named tensor as raw buffers, often memory-mapped: no tensor library, nothing unpacked.
-
-    `buffers["data"]`: uint8 [shape[0], ..., row bytes] for block formats and BF16 as uint16; the numpy
-    dtype itself for F64, F32 and F16.
-    """
-
-    name: str
-    format: QuantFormat
-    shape: tuple[int, ...]
-    buffers: dict[str, Array]
-
-    @property
-    def data(self) -> Array:
-        return self.buffers["data"]
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(b.nbytes for b in self.buffers.values())
-
-    @property
-    def num_elements(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    def dequantize(self) -> npt.NDArray[np.float32]:
-        """The values as float32 of `shape` (F64 as float64)."""
-        from ridgeline.quant.gguf_blocks import dequantize
-
-        return dequantize(self.data, self.format, self.shape)

@@ -246,8 +246,8 @@ def _ids(vocabulary: _Vocabulary) -> dict[str, int]:
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     """An array of strings, all valid UTF-8."""
     value = metadata.get(key)
-    strings = [] if value is None or isinstance(value, (str, int, float)) else list(value)
-    if not strings or not isinstance(strings[0], str):
+    strings = None if value is None or isinstance(value, (str, int, float)) else list(value)
+    if strings is None or not all(isinstance(s, str) for s in strings[:1]):
         found = "nothing" if value is None else type(value).__name__
         raise TokenizerError(f"{key}: expected an array of strings, found {found}; convert the file again")
     try:

@@ -59,13 +59,11 @@ class Tokenizer:
         `add_special_tokens` puts BOS in front where the model wants it and the text has none. With
         `parse_special=False` the text of a special token is only text.
         """
+        text = _without_surrogates(text)
         # The switch belongs to the library's tokenizer, not to its call.
         with self._lock:
             self._backend.encode_special_tokens = not parse_special
-            try:
-                ids = self._backend.encode(text, add_special_tokens=False).ids
-            except UnicodeEncodeError:
-                ids = self._backend.encode(_without_surrogates(text), add_special_tokens=False).ids
+            ids = self._backend.encode(text, add_special_tokens=False).ids
         if not add_special_tokens:
             return ids
         prefix = [] if ids[: len(self.prefix_ids)] == self.prefix_ids else self.prefix_ids
@@ -134,4 +132,8 @@ class Tokenizer:
 
 def _without_surrogates(text: str) -> str:
     """Surrogates as JSON escapes can bring them: a pair becomes its character, a lone one U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text

@@ -19,7 +19,9 @@ from tests.tiny import ARCHITECTURES, tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=1.0, top_k=20, top_p=0.9, seed=11, max_tokens=12, ignore_eos=True)
-PENALISED = SamplingParams(temperature=0.0, repetition_penalty=1.3, presence_penalty=0.5, max_tokens=12, ignore_eos=True)
+PENALISED = SamplingParams(
+    temperature=0.0, repetition_penalty=1.3, presence_penalty=0.5, max_tokens=12, ignore_eos=True
+)
 
 WAYS = {
     "batched": {},
@@ -52,7 +54,18 @@ def prompts(model, seed: int = 0) -> list[list[int]]:
 
     shared = ids(70)
     same = ids(64)
-    return [ids(1), ids(5), shared, shared + ids(3), shared[:50] + ids(30), same, same, ids(31), ids(33), ids(100)]
+    return [
+        ids(1),
+        ids(5),
+        shared,
+        shared + ids(3),
+        shared[:50] + ids(30),
+        same,
+        same,
+        ids(31),
+        ids(33),
+        ids(100),
+    ]
 
 
 def run(llm: LLMEngine, requests) -> list[tuple[list[int], float]]:

@@ -1,4 +1,4 @@
-"""Names to paths: aliases found without importing, parts put together once, and what to do when they are not there."""
+"""Names to paths: aliases found without importing, parts put together once, and what to do without them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of every weight of every architecture, both ways, and against what transformers and gguf call them."""
+"""Names of every weight, both ways, and against what transformers and the gguf package call them."""
 
 from __future__ import annotations
 

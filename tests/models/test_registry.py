@@ -158,7 +158,15 @@ def refused(config, expected):
 
 
 REQUIRED = {
-    "llama": [key for key in LLAMA if key not in ("head_dim", "num_key_value_heads")][:5] + ["rms_norm_eps"],
+    "llama": [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+    ],
     "gemma3_text": ["hidden_size", "intermediate_size", "num_hidden_layers"],
 }
 

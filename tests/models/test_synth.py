@@ -112,7 +112,7 @@ def test_text_works_and_both_kinds_agree(tmp_path):
 
 
 def test_the_smallest_vocabulary(tmp_path):
-    path = synthesize("tiny-llama", "F32", path=tmp_path / "m.gguf", vocab_size=259)
+    path = synthesize("tiny-llama", "F32", path=tmp_path / "m.gguf", vocab_size=260)
     tokenizer = load_tokenizer(read_gguf(path))
     assert tokenizer is not None and tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
 
@@ -152,7 +152,7 @@ def test_what_depends_on_an_override_follows():
         ("tiny-llama", "F32", "hf", {"num_layers": 0}, "num_layers=0: expected a whole number"),
         ("tiny-llama", "F32", "hf", {"num_kv_heads": 3}, "num_heads=4: expected a multiple of num_kv_heads"),
         ("tiny-llama", "F32", "hf", {"head_dim": 7}, "head_dim=7: expected an even number"),
-        ("tiny-llama", "F32", "hf", {"vocab_size": 258}, "vocab_size=258: expected at least 259"),
+        ("tiny-llama", "F32", "hf", {"vocab_size": 259}, "vocab_size=259: expected at least 260"),
     ],
 )
 def test_what_cannot_be(tmp_path, like, fmt, name, options, expected):

@@ -92,7 +92,9 @@ def tiny_gemma3(**changes):
 
 MODELS = {f"llama {name}": lambda rope=rope: tiny_llama(rope_parameters=rope) for name, rope in ROPES.items()}
 MODELS |= {
-    "llama tied, bias, head_dim": lambda: tiny_llama(tie_word_embeddings=True, attention_bias=True, head_dim=20),
+    "llama tied, bias, head_dim": lambda: tiny_llama(
+        tie_word_embeddings=True, attention_bias=True, head_dim=20
+    ),
     "llama MHA": lambda: tiny_llama(num_key_value_heads=6),
     "gemma3": tiny_gemma3,
     "gemma3 linear": lambda: tiny_gemma3(
@@ -118,7 +120,9 @@ def our_logits(path, token_ids, cuts, **options) -> np.ndarray:
     logits = []
     for start, end in zip((0, *cuts), (*cuts, len(token_ids)), strict=True):
         row = Row(tuple(token_ids[start:end]), start, blocks, num_logits=end - start)
-        logits.append(np.array(engine.executor.forward(ForwardBatch.from_rows([row], block_size=32)), np.float64))
+        logits.append(
+            np.array(engine.executor.forward(ForwardBatch.from_rows([row], block_size=32)), np.float64)
+        )
     engine.close()
     return np.concatenate(logits)
 
@@ -223,6 +227,8 @@ def test_real_weights(alias):
         ours = our_logits(path, token_ids, (512, 513, 530), executor=executor, max_model_len=640)[rows]
         error = error_in_ulps(ours, truth)
         agree = (ours.argmax(-1) == truth.argmax(-1)).mean()
-        print(f"{alias} {executor}: error {error:.0f} ulps, transformers {their_error:.0f}; top-1 {agree:.4f}")
+        print(
+            f"{alias} {executor}: error {error:.0f} ulps, transformers {their_error:.0f}; top-1 {agree:.4f}"
+        )
         assert error < 3 * their_error  # GGUF rounds 1 + w, transformers takes the 1 away again
         assert agree > 0.98

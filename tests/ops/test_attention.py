@@ -13,7 +13,8 @@ from ridgeline.ops.batch import ForwardBatch
 from ridgeline.ops.native import NativeProgram
 from ridgeline.ops.recorder import Recorder
 from ridgeline.ops.torch_ops import TorchBatch, TorchOps
-from ridgeline.quant.formats import FORMATS, Weight
+from ridgeline.quant.formats import FORMATS
+from ridgeline.quant.weight import Weight
 
 HEAD_DIM = 16
 

@@ -15,8 +15,9 @@ from ridgeline.ops.native import WEIGHT_FORMATS, NativeProgram
 from ridgeline.ops.program import Opcode
 from ridgeline.ops.recorder import Recorder
 from ridgeline.ops.torch_ops import TorchBatch, TorchOps
-from ridgeline.quant.formats import FORMATS, Weight
+from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.gguf_blocks import quantize
+from ridgeline.quant.weight import Weight
 
 LAYOUT = CacheLayout(num_layers=1, num_kv_heads=1, head_dim=8, dtype="float32", block_size=32, num_blocks=1)
 INV_FREQ = 1.0 / 100.0 ** (np.arange(4) / 4)
@@ -61,7 +62,9 @@ def linear(format: str, num_in: int, num_out: int, *, bias: bool = False) -> Cal
 
 def rotate(head_dim: int, max_position: int | None = None) -> Callable:
     def function(ops, b):
-        cos_sin = ops.rope_cos_sin(ops.bind_constant(INV_FREQ), b, attention_factor=1.3, max_position=max_position)
+        cos_sin = ops.rope_cos_sin(
+            ops.bind_constant(INV_FREQ), b, attention_factor=1.3, max_position=max_position
+        )
         return ops.rope(embed(ops, b), cos_sin, head_dim=head_dim)
 
     return function
@@ -78,9 +81,7 @@ FUNCTIONS: dict[str, Callable] = {
     "rope partial": rotate(12),
     "rope clamped": rotate(8, max_position=40),
     "silu": lambda ops, b: ops.glu(embed(ops, b, 29), ops.scale(embed(ops, b, 29), 3.0), activation="silu"),
-    "gelu": lambda ops, b: ops.glu(
-        ops.scale(embed(ops, b), 4.0), embed(ops, b), activation="gelu_tanh"
-    ),
+    "gelu": lambda ops, b: ops.glu(ops.scale(embed(ops, b), 4.0), embed(ops, b), activation="gelu_tanh"),
     "add": lambda ops, b: ops.add(embed(ops, b), ops.scale(embed(ops, b), 0.3)),
     "gather": lambda ops, b: ops.gather_logit_rows(embed(ops, b), b),
     "linear bias": linear("F32", 33, 19, bias=True),
@@ -96,7 +97,9 @@ def run_torch(function: Callable, b: ForwardBatch, dtype: str) -> np.ndarray:
         return function(ops, TorchBatch.from_host(b, "cpu")).double().numpy()
 
 
-def run_native(function: Callable, b: ForwardBatch, *, isa: str | None = None, num_threads: int = 2) -> np.ndarray:
+def run_native(
+    function: Callable, b: ForwardBatch, *, isa: str | None = None, num_threads: int = 2
+) -> np.ndarray:
     recorder = Recorder()
     program = recorder.program(function(recorder, None))
     native = NativeProgram(

@@ -81,7 +81,7 @@ def tiny_tokenizer():
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<bos>", "<eos>"])
     return Tokenizer(
-        backend, bos_token_id=95, eos_token_ids=(96,), chat_template=TEMPLATE, special_tokens={"bos_token": "<bos>"}
+        backend, special_tokens={"bos": 95, "eos": 96}, eos_token_ids=[96], chat_template=TEMPLATE
     )
 
 

@@ -88,11 +88,7 @@ def test_the_wire_format_of_a_stream(server):
 
 def test_n_choices_and_several_prompts(client, oracle):
     params = dict(temperature=0.9, seed=7, max_tokens=6)
-    want = [
-        output.text
-        for prompt in (PROMPT, "Night")
-        for output in oracle(prompt, n=2, **params).outputs
-    ]
+    want = [output.text for prompt in (PROMPT, "Night") for output in oracle(prompt, n=2, **params).outputs]
     assert len(set(want)) == 4
     got = client.completions.create(model="tiny", prompt=[PROMPT, "Night"], n=2, **params)
     assert [c.text for c in got.choices] == want
@@ -237,7 +233,9 @@ def test_twenty_at_once_are_the_same_as_alone(client):
 def test_cached_tokens_are_reported(client):
     prompt = [i % 95 for i in range(40, 140)]
     first, second = (
-        client.completions.create(prompt=prompt, max_tokens=1, **GREEDY).usage.prompt_tokens_details.cached_tokens
+        client.completions.create(
+            prompt=prompt, max_tokens=1, **GREEDY
+        ).usage.prompt_tokens_details.cached_tokens
         for _ in range(2)
     )
     assert (first, second) == (0, 96)

@@ -42,7 +42,12 @@ def refused(reply, status=400):
         (CHAT, {"messages": [{"role": 5}]}, "messages", "messages.0.role"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "image_url"),
         (CHAT, {"messages": USER, "tools": [{"type": "function"}]}, "tools", "not supported"),
-        (CHAT, {"messages": USER, "response_format": {"type": "json_object"}}, "response_format", "json_object"),
+        (
+            CHAT,
+            {"messages": USER, "response_format": {"type": "json_object"}},
+            "response_format",
+            "json_object",
+        ),
         (CHAT, {"messages": USER, "top_logprobs": 3}, "top_logprobs", "set logprobs"),
         (CHAT, {"messages": USER, "logprobs": 3}, "logprobs", "boolean"),
     ],
@@ -86,7 +91,9 @@ def test_token_ids_that_are_none(server, prompt):
     refused(server.post(COMPLETIONS, json={"prompt": prompt, "max_tokens": 1}))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b'{"prompt": "a",}', b"[]", b"5", b"\xff\xfe", b'{"prompt": "\\ud800"'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b'{"prompt": "a",}', b"[]", b"5", b"\xff\xfe", b'{"prompt": "\\ud800"']
+)
 def test_malformed_json(server, content):
     for path in (COMPLETIONS, CHAT):
         refused(server.post(path, content=content))
@@ -119,7 +126,9 @@ def test_a_key_opens_v1_and_nothing_else_needs_it(serve):
         refused(server.post(COMPLETIONS, content=b"{"), 401)
         with server.client("s3cret") as client:
             assert [m.id for m in client.models.list()] == ["tiny"]
-            assert client.completions.create(model="tiny", prompt="a", max_tokens=1).usage.completion_tokens == 1
+            assert (
+                client.completions.create(model="tiny", prompt="a", max_tokens=1).usage.completion_tokens == 1
+            )
         assert [server.get(p).status_code for p in ("/health", "/metrics", "/version")] == [200] * 3
 
 

@@ -53,7 +53,7 @@ def test_counts_reconcile_with_usage(serve):
             usages.append(server.post("/v1/completions", json=body).json()["usage"])
         bias = {"prompt": "stop now", "max_tokens": 9, "logit_bias": {"96": 100}}
         usages.append(server.post("/v1/completions", json=bias).json()["usage"])
-        stop = {"prompt": "stop now", "max_tokens": 9, "logit_bias": {"5": 100}, "stop": "%%"}
+        stop = {"prompt": "stop now", "max_tokens": 9, "logit_bias": {"5": 100}, "stop": "$$"}
         usages.append(server.post("/v1/completions", json=stop).json()["usage"])
         server.post("/v1/completions", json={"prompt": []})
         metrics = server.metrics()
@@ -88,7 +88,9 @@ def test_histograms_count_upwards_and_hold_plausible_times(server):
     metrics = server.metrics()
     for name in ("time_to_first_token", "e2e_request_latency", "step_time"):
         buckets = [
-            value for sample, value in metrics.items() if sample.startswith(f"ridgeline_{name}_seconds_bucket")
+            value
+            for sample, value in metrics.items()
+            if sample.startswith(f"ridgeline_{name}_seconds_bucket")
         ]
         assert buckets == sorted(buckets) and buckets[-1] == metrics[f"ridgeline_{name}_seconds_count"] > 0
         assert 0 < metrics[f"ridgeline_{name}_seconds_sum"] < 60

@@ -54,7 +54,7 @@ def test_what_is_written_is_read(directory):
     for name, array in ARRAYS.items():
         weight = checkpoint.weight(name)
         assert weight.format.name == KINDS[name] and weight.shape == array.shape
-        assert weight.data.dtype == array.dtype and not weight.data.flags.owndata
+        assert weight.data.dtype == array.dtype and not weight.data.flags.writeable
         np.testing.assert_array_equal(weight.data, array)
 
 

@@ -73,7 +73,12 @@ def act(engine, rng):
     """One random thing -> the plan, if it was a step."""
     choice = rng.random()
     if choice < 0.25 or len(engine.live) < 3:
-        engine.add(prompt_of(engine, rng), params_of(rng), priority=rng.choice((0, 0, 0, -1, 5)), seed=rng.randrange(3))
+        engine.add(
+            prompt_of(engine, rng),
+            params_of(rng),
+            priority=rng.choice((0, 0, 0, -1, 5)),
+            seed=rng.randrange(3),
+        )
     elif choice < 0.29 and engine.live:
         engine.abort(rng.choice(sorted(engine.live)))
     elif choice < 0.31 and engine.live:
@@ -200,7 +205,7 @@ def test_random_steps(mode):
 
 
 def test_ten_thousand_bare_steps_take_seconds():
-    """As in a simulation: no fake cache and no checks, 500 requests waiting, blocks for half of what they want."""
+    """As in a simulation: no fake cache and no checks, 500 requests waiting, fewer blocks than they want."""
     engine = Engine(num_blocks=60, block_size=16, max_num_seqs=16, budget=256, max_model_len=512)
     scheduler, rng = engine.scheduler, random.Random(0)
     texts = [text(200, seed=seed) for seed in range(30)]

@@ -56,7 +56,9 @@ def test_a_run_is_counted():
         "num_evicted_blocks_total": 0,
     }
     assert after["request_success_total"] == {"stop": 0, "length": 1, "abort": 1, "error": 0}
-    histograms = {name: (value["count"], value["sum"]) for name, value in after.items() if "counts" in str(value)}
+    histograms = {
+        name: (value["count"], value["sum"]) for name, value in after.items() if "counts" in str(value)
+    }
     assert histograms == {
         "time_to_first_token_seconds": (2, 3.5 + 3.5),
         "inter_token_latency_seconds": (3, 3.0),

@@ -1,9 +1,9 @@
 """torch.compile over the whole step: one graph, no breaks, no recompiles after the first call.
 
 The decoder is the same; attention and the KV write become opaque custom ops, because their loops depend on
-the batch. Everything that is not the number of tokens or of logit rows is padded to one fixed shape, and these
-two are padded to at least 2: Dynamo specialises sizes 0 and 1, and would compile again for them. What was
-compiled, and how long it took, is in `compile_stats`.
+the batch. Everything that is not the number of tokens or of logit rows is padded to one fixed shape, and
+these two are padded to at least 2: Dynamo specialises sizes 0 and 1, and would compile again for them. What
+was compiled, and how long it took, is in `compile_stats`.
 """
 
 from __future__ import annotations
