@@ -1,6 +1,7 @@
 // A persistent pool: the caller is worker 0, the others spin briefly for work and then sleep on a futex.
 // Work is a range of items, handed out in chunks by an atomic counter; which thread takes which chunk never
-// changes a result.
+// changes a result. The caller waits only for workers that have begun: one that the system did not schedule in
+// time finds the work closed, so a busy machine slows a step down but does not stall it.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -35,10 +36,12 @@ public:
         num_items_ = num_items;
         chunk_ = chunk;
         next_.store(0, std::memory_order_relaxed);
-        busy_.store((int)workers_.size(), std::memory_order_relaxed);
+        open_.store(true);
         announce();
         take();
-        while (busy_.load(std::memory_order_acquire) > 0) pause();
+        // Either a worker that begins now is counted here, or it sees that the work is closed.
+        open_.store(false);
+        for (int spin = 0; active_.load() > 0; spin++) spin < kSpins ? pause() : std::this_thread::yield();
     }
 
 private:
@@ -50,7 +53,7 @@ private:
 #endif
     }
     void announce() {
-        epoch_.fetch_add(1, std::memory_order_release);
+        epoch_.fetch_add(1);
 #if defined(__linux__)
         if (sleepers_.load() > 0) syscall(SYS_futex, &epoch_, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
 #endif
@@ -79,16 +82,18 @@ private:
 #endif
                 }
             }
-            seen++;
+            seen = epoch_.load();
             if (stop_) return;
-            take();
-            busy_.fetch_sub(1, std::memory_order_release);
+            active_.fetch_add(1);
+            if (open_.load()) take();
+            active_.fetch_sub(1);
         }
     }
 
     std::vector<std::thread> workers_;
     alignas(64) std::atomic<int32_t> epoch_{0};
-    alignas(64) std::atomic<int> busy_{0};
+    alignas(64) std::atomic<int> active_{0};
+    std::atomic<bool> open_{false};
     alignas(64) std::atomic<int64_t> next_{0};
     alignas(64) std::atomic<int> sleepers_{0};
     std::atomic<bool> stop_{false};

@@ -53,28 +53,31 @@ def serve(
             f"ridgeline serve needs the package {error.name}, which is not installed; "
             "pip install 'ridgeline[serve]'"
         ) from None
-    sock = _bind(host, port)
-    llm = LLMEngine.from_config(engine)
-    name = served_model_name or Path(engine.model).absolute().name
-    layout = llm.layout
-    cache_bytes = layout.num_slots * CacheLayout.bytes_per_token(llm.model.config, layout.dtype)
-    address, actual_port = sock.getsockname()[:2]
-    run_server(
-        create_app(AsyncEngine(llm), model_name=name, api_key=api_key),
-        sock,
-        ready=f"http://{f'[{address}]' if ':' in address else address}:{actual_port} serves {name} "
-        f"({llm.config.executor}), KV cache {layout.num_slots:,} tokens, {cache_bytes / 2**20:,.0f} MiB",
-    )
+    with _bind(host, port) as sock:
+        llm = LLMEngine.from_config(engine)
+        name = served_model_name or Path(engine.model).absolute().name
+        layout = llm.layout
+        cache_bytes = layout.num_slots * CacheLayout.bytes_per_token(llm.model.config, layout.dtype)
+        address, actual_port = sock.getsockname()[:2]
+        run_server(
+            create_app(AsyncEngine(llm), model_name=name, api_key=api_key),
+            sock,
+            ready=f"http://{f'[{address}]' if ':' in address else address}:{actual_port} serves {name} "
+            f"({llm.config.executor}), KV cache {layout.num_slots:,} tokens, {cache_bytes / 2**20:,.1f} MiB",
+        )
 
 
 def _bind(host: str, port: int) -> socket.socket:
     """A bound socket that does not listen yet: a taken port is known before the model is loaded."""
+    sock = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
     except (OSError, OverflowError) as error:
+        if sock is not None:
+            sock.close()
         raise ConfigError(
             f"cannot listen on {host} port {port}: {error}; choose another --host or --port"
         ) from None

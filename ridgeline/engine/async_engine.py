@@ -50,12 +50,13 @@ class _Stream:
         self._arrived.set()
 
     async def take(self) -> dict[int, RequestOutput]:
-        """Wait for outputs, then all that are new. Raises what `fail` was given."""
+        """Wait for outputs, then all that are new. When there are no more, raises what `fail` was given."""
         await self._arrived.wait()
-        self._arrived.clear()
-        if self._error is not None:
-            raise self._error
         newest, self._newest = self._newest, {}
+        if self._error is None:
+            self._arrived.clear()
+        elif not newest:
+            raise self._error
         return newest
 
 

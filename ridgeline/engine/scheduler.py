@@ -102,8 +102,7 @@ class Scheduler:
         self._chunked = config.enable_chunked_prefill
         self._kv_cache = kv_cache
         self._max_model_len = max_model_len
-        # Static batching reserves all blocks at once, so a window frees none.
-        self._capacity = manager.num_slots if self._static else manager.max_request_tokens(self._budget)
+        self._capacity = manager.max_request_tokens(self._budget)
         limits = (self._capacity, None if self._chunked else self._budget)
         self.max_request_tokens = min([max_model_len, *(n for n in limits if n is not None)])
         """Prompt and output of the longest request that can be served."""
@@ -322,27 +321,23 @@ class Scheduler:
         insort(self._running, request, key=self._key)
 
     def _has_room(self, request: Request, matched: list[Content]) -> bool:
-        """Blocks for all tokens of it and of the running ones, and some to grow into (the watermark).
+        """Blocks for all its tokens, and some that it and the running ones can grow into (the watermark).
 
-        A request that would run alone is always admitted.
+        A request that would run alone is always admitted. The running ones have blocks for all their tokens:
+        where one lacks some, no budget is left to admit another.
         """
         if not self._running:
             return True
         manager = self.manager
-        known = self._known(request, len(matched) * manager.block_size)
-        needed = manager.num_blocks_for(known) - len(matched) + manager.num_unheld(matched)
-        growth = 0
-        for r in self._running:
-            needed += manager.num_missing(r, self._known(r, r.num_computed_tokens))
-        for r in (request, *self._running):
-            growth += manager.num_blocks_for(self._most_tokens(r)) - manager.num_blocks_for(r.num_tokens)
+        num_tokens = request.num_tokens
+        if self._capacity is None:  # windowed: after a step, blocks behind it are free again
+            num_tokens = min(num_tokens, len(matched) * manager.block_size + self._budget)
+        needed = manager.num_blocks_for(num_tokens) - len(matched) + manager.num_unheld(matched)
+        growth = sum(
+            manager.num_blocks_for(self._most_tokens(r)) - manager.num_blocks_for(r.num_tokens)
+            for r in (request, *self._running)
+        )
         return needed + min(growth, self._watermark) <= manager.pool.num_free
-
-    def _known(self, request: Request, num_computed: int) -> int:
-        """Its tokens that need blocks at once: all, or with a window those that a step sees or computes."""
-        if self._capacity is not None:
-            return request.num_tokens
-        return min(request.num_tokens, num_computed + self._budget)
 
     def _most_tokens(self, request: Request) -> int:
         """Tokens that a request ends with at the latest."""

@@ -276,7 +276,7 @@ class TorchOps:
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float) -> torch.Tensor:
         accumulate = torch.promote_types(x.dtype, torch.float32)
-        groups = x.to(accumulate).view(len(x), -1, weight.shape[0])
+        groups = x.to(accumulate).view(len(x), x.shape[1] // len(weight), len(weight))
         normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
         return (normed * (weight.to(accumulate) + offset)).to(x.dtype).flatten(-2)
 
@@ -296,7 +296,7 @@ class TorchOps:
         return (torch.cat((angles.cos(), angles.sin()), -1) * attention_factor).to(self.dtype)
 
     def rope(self, x: torch.Tensor, cos_sin: torch.Tensor, *, head_dim: int) -> torch.Tensor:
-        heads = x.view(len(x), -1, head_dim)
+        heads = x.view(len(x), x.shape[1] // head_dim, head_dim)
         cos, sin = cos_sin[:, None].chunk(2, -1)
         half = cos.shape[-1]
         first, second, rest = heads[..., :half], heads[..., half : 2 * half], heads[..., 2 * half :]

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -29,11 +30,11 @@ from ridgeline.sampling_params import SamplingParams
 from ridgeline.server.metrics import Metrics
 from ridgeline.server.protocol import ChatBody, CompletionBody, GenerationBody, parse_body
 from ridgeline.server.stream import (
-    CHAT,
     COMPLETION,
     EventStream,
     Reply,
     ScoredToken,
+    chat_endpoint,
     encode,
     error_body,
     until_disconnected,
@@ -136,8 +137,12 @@ def create_app(engine: AsyncEngine, *, model_name: str, api_key: str | None = No
         messages = [message.for_template() for message in body.messages]
         text = await asyncio.to_thread(tokenizer.apply_chat_template, messages)
         prompt = {"prompt": text, "prompt_token_ids": await engine.encode(text, add_special_tokens=False)}
+        token_bytes = partial(tokenizer.token_bytes, skip_special_tokens=False)
         answer = Reply(
-            CHAT, model=model_name, n=params.n, with_prompt_logprobs=body.prompt_logprobs is not None
+            chat_endpoint(token_bytes, num_top=body.top_logprobs or 0),
+            model=model_name,
+            n=params.n,
+            with_prompt_logprobs=body.prompt_logprobs is not None,
         )
         return await reply(request, body, answer, [prompt], params)
 

@@ -17,6 +17,7 @@ import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.responses import StreamingResponse
@@ -29,6 +30,7 @@ LOWEST_LOGPROB = -9999.0
 """JSON has no -inf."""
 
 T = TypeVar("T")
+TokenBytes = Callable[[int], bytes]
 ScoredToken = tuple[int, str, Mapping[int, Logprob] | None]
 """Token id, its text, its logprobs (None for the first token of a prompt)."""
 
@@ -45,31 +47,39 @@ def completion_logprobs(tokens: Sequence[ScoredToken], offset: int) -> dict[str,
         "tokens": [text for _, text, _ in tokens],
         "token_logprobs": [entries and _number(entries[i]) for i, _, entries in tokens],
         "top_logprobs": [
-            entries and {e.decoded_token or "": _number(e) for e in entries.values()}
+            # Of several tokens that read the same (parts of a character), the most probable stays.
+            entries and {e.decoded_token or "": _number(e) for e in sorted(entries.values(), key=_number)}
             for _, _, entries in tokens
         ],
         "text_offset": offsets,
     }
 
 
-def chat_logprobs(tokens: Sequence[ScoredToken], offset: int) -> dict[str, Any]:
-    """The records of /v1/chat/completions."""
+def chat_logprobs(
+    tokens: Sequence[ScoredToken], _: int, *, token_bytes: TokenBytes, num_top: int
+) -> dict[str, Any]:
+    """The records of /v1/chat/completions. A token may be half a character: only its bytes say which."""
+
+    def record(token_id: int, entry: Logprob) -> dict[str, Any]:
+        return {
+            "token": entry.decoded_token or "",
+            "logprob": _number(entry),
+            "bytes": list(token_bytes(token_id)),
+        }
+
+    def top(entries: Mapping[int, Logprob]) -> list[tuple[int, Logprob]]:
+        return sorted(entries.items(), key=lambda item: item[1].rank)[:num_top]
+
     return {
         "content": [
             {
-                **_chat_entry(entries[token_id]),
-                # The sampled token comes along even where it is not among the most probable.
-                "top_logprobs": [_chat_entry(e) for e in sorted(entries.values(), key=lambda e: e.rank)],
+                **record(token_id, entries[token_id]),
+                "top_logprobs": [record(i, entry) for i, entry in top(entries)],
             }
             for token_id, _, entries in tokens
             if entries is not None
         ]
     }
-
-
-def _chat_entry(entry: Logprob) -> dict[str, Any]:
-    token = entry.decoded_token or ""
-    return {"token": token, "logprob": _number(entry), "bytes": list(token.encode(errors="replace"))}
 
 
 def _number(entry: Logprob) -> float:
@@ -99,15 +109,19 @@ COMPLETION = Endpoint(
     opening=None,
     logprobs=completion_logprobs,
 )
-CHAT = Endpoint(
-    id_prefix="chatcmpl-",
-    whole_object="chat.completion",
-    chunk_object="chat.completion.chunk",
-    whole=lambda text: {"message": {"role": "assistant", "content": text}},
-    chunk=lambda text: {"delta": {"content": text} if text else {}},
-    opening={"delta": {"role": "assistant", "content": ""}},
-    logprobs=chat_logprobs,
-)
+
+
+def chat_endpoint(token_bytes: TokenBytes, *, num_top: int) -> Endpoint:
+    """Chat completions with `num_top` alternatives for each token, where logprobs are asked for."""
+    return Endpoint(
+        id_prefix="chatcmpl-",
+        whole_object="chat.completion",
+        chunk_object="chat.completion.chunk",
+        whole=lambda text: {"message": {"role": "assistant", "content": text}},
+        chunk=lambda text: {"delta": {"content": text} if text else {}},
+        opening={"delta": {"role": "assistant", "content": ""}},
+        logprobs=partial(chat_logprobs, token_bytes=token_bytes, num_top=num_top),
+    )
 
 
 @dataclass(slots=True)

@@ -94,9 +94,9 @@ def gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer | None:
             backend, add_bos = build(metadata, vocabulary)
             backend.add_tokens(
                 [
-                    AddedToken(piece, special=kind == _CONTROL, normalized=False)
-                    for piece, kind in zip(vocabulary.pieces, vocabulary.types.tolist(), strict=True)
-                    if kind in (_CONTROL, _USER_DEFINED) and piece.strip(_SPACE)
+                    AddedToken(piece, special=token_type == _CONTROL, normalized=False)
+                    for piece, token_type in zip(vocabulary.pieces, vocabulary.types.tolist(), strict=True)
+                    if token_type in (_CONTROL, _USER_DEFINED) and piece.strip(_SPACE)
                 ]
             )
         except TokenizerError:

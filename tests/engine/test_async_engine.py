@@ -113,12 +113,14 @@ def test_one_thread_owns_the_engine_and_another_tokenizes():
     engine = FakeEngine()
 
     async def scenario(async_engine):
-        return [o async for o in async_engine.generate("abc", tokens(2))]
+        async for _ in async_engine.generate("abc", tokens(2)):
+            pass
+        return async_engine._thread
 
-    run(engine, scenario)
+    thread = run(engine, scenario)
     assert engine.threads == {"ridgeline-engine"}
     assert engine.tokenizer.thread not in ("MainThread", "ridgeline-engine")
-    assert engine.closed and not any(t.name == "ridgeline-engine" for t in threading.enumerate())
+    assert engine.closed and not thread.is_alive()
 
 
 def test_an_idle_engine_sleeps():
@@ -279,6 +281,20 @@ def test_an_exception_in_a_step_ends_every_request_and_all_that_follow(caplog):
     run(engine, scenario)
     assert "the executor fell over" in caplog.text
     assert engine.closed
+
+
+def test_what_came_before_an_error_is_delivered_before_it(caplog):
+    engine = FakeEngine(fail_at=4)
+
+    async def scenario(async_engine):
+        seen = []
+        with pytest.raises(EngineDeadError):
+            async for output in async_engine.generate({"prompt_token_ids": [1]}, tokens(100)):
+                seen.append(output.outputs[0].token_ids)
+                time.sleep(0.05)  # keeps the event loop from taking outputs until the engine has died
+        assert seen[-1] == [1, 2, 3]
+
+    run(engine, scenario)
 
 
 def test_shutdown_ends_what_is_running():

@@ -17,7 +17,7 @@ from zlib import crc32
 
 import pytest
 
-from ridgeline.config import SchedulerConfig
+from ridgeline.config import Batching, SchedulerConfig
 from ridgeline.engine.scheduler import Scheduler, StepPlan
 from ridgeline.kvcache.block_pool import BlockPool
 from ridgeline.kvcache.manager import BlockManager
@@ -27,11 +27,11 @@ from ridgeline.sampling_params import SamplingParams
 RECORD = Path(__file__).with_name("step_plans.json")
 BLOCK_SIZE = 4
 EOS = 3
-MODES = {
-    "continuous": {"num_blocks": 9, "budget": 16},
+MODES: dict[str, dict[str, Any]] = {
+    "continuous": {"num_blocks": 9, "budget": 6},
     "no prefix cache": {"num_blocks": 9, "budget": 16, "prefix": False},
     "no chunked prefill": {"num_blocks": 24, "budget": 40, "chunked": False},
-    "one at a time": {"num_blocks": 12, "budget": 16, "batching": "none", "prefix": False},
+    "one at a time": {"num_blocks": 12, "budget": 8, "batching": "none", "prefix": False},
     "static": {"num_blocks": 40, "budget": 64, "batching": "static", "chunked": False, "prefix": False},
     "no kv cache": {"num_blocks": 40, "budget": 64, "chunked": False, "prefix": False, "kv_cache": False},
     "window": {"num_blocks": 12, "budget": 8, "window": 6, "num_sinks": 2},
@@ -62,7 +62,7 @@ def plans(
     *,
     num_blocks: int,
     budget: int,
-    batching: str = "continuous",
+    batching: Batching = "continuous",
     chunked: bool = True,
     prefix: bool = True,
     kv_cache: bool = True,
@@ -124,11 +124,11 @@ def record() -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_plans_are_as_recorded(mode, record):
+def test_plans_are_as_recorded(mode: str, record: dict[str, list[str]]) -> None:
     assert lines(mode) == record[mode], "RIDGELINE_UPDATE_GOLDEN=1 records the new plans; read the diff"
 
 
-def test_the_workload_shows_what_it_is_meant_to_show():
+def test_the_workload_shows_what_it_is_meant_to_show() -> None:
     """Else a record that matches says little."""
     recorded = {mode: plans(**options) for mode, options in MODES.items()}
     rows = {mode: [row for plan in of_mode for row in plan.rows] for mode, of_mode in recorded.items()}

@@ -8,14 +8,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ridgeline.checkpoint.gguf import TensorSource, read_gguf, write_gguf
 from ridgeline.checkpoint.safetensors import INDEX, read_hf, write_safetensors
 from ridgeline.config import LoadConfig
-from ridgeline.errors import CheckpointError, ModelNotFoundError
+from ridgeline.errors import CheckpointError, ModelNotFoundError, RidgelineError
 from ridgeline.models.load import load_model
 from ridgeline.models.locate import locate_model
 from ridgeline.models.registry import expected_shapes
+from ridgeline.models.rope import rope_frequencies
 from ridgeline.models.synth import synthesize
 from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.gguf_blocks import quantize
@@ -217,6 +220,44 @@ def test_configs_that_do_not_fit(directory, change, expected):
     with pytest.raises(CheckpointError) as caught:
         load_model(directory)
     assert expected in str(caught.value) and str(directory) in str(caught.value)
+
+
+ODD = st.sampled_from(
+    [None, True, 0, -1, 1, 3, 2**31, 10**30, 1.5, -0.0, float("nan"), float("inf"), "", "yarn", "linear"]
+    + [[], [1], {}, {"a": 1}, ["full_attention"] * 7]
+)
+ROPE_KEYS = [
+    "rope_type",
+    "type",
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "truncate",
+    "partial_rotary_factor",
+]
+
+
+@pytest.mark.parametrize("like", ["tiny-llama", "tiny-gemma3"])
+def test_odd_configs_end_in_an_error_or_in_a_model(tmp_path_factory, like):
+    """Nothing but RidgelineError, no warning of numpy, and no time lost on absurd sizes."""
+    directory = synthesize(like, "F32", path=tmp_path_factory.mktemp("odd") / "hf")
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+
+    @given(st.dictionaries(st.sampled_from(sorted(config)), ODD, max_size=2), st.data())
+    @settings(max_examples=200)
+    def check(changes, data):
+        rope = dict(data.draw(st.lists(st.tuples(st.sampled_from(ROPE_KEYS), ODD), max_size=3)))
+        file.write_text(json.dumps(config | {"rope_parameters": config["rope_parameters"] | rope} | changes))
+        try:
+            found = load_model(directory).config
+        except RidgelineError:
+            return
+        for kind in (found.rope, found.rope_local or found.rope):
+            frequencies, factor = rope_frequencies(kind, max_position=found.max_position, max_model_len=4096)
+            assert np.isfinite(frequencies).all() and np.isfinite(factor)
+
+    check()
 
 
 def test_baked_rope_factors(tmp_path):

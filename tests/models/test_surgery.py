@@ -7,11 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ridgeline.config import LoadConfig
+from ridgeline.config import EngineConfig, LoadConfig
+from ridgeline.engine.engine import LLMEngine
 from ridgeline.errors import ConfigError
+from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.models.load import load_model
 from ridgeline.models.surgery import change_config, possible_kv_heads
 from ridgeline.models.synth import preset_config, synthesize
+from ridgeline.sampling_params import SamplingParams
 
 SHAPE = {"num_heads": 12, "num_kv_heads": 4, "num_layers": 1, "qkv_bias": True}
 KV_WEIGHTS = [f"layers.0.{p}_proj{suffix}" for p in "kv" for suffix in ("", ".bias")]
@@ -104,3 +107,37 @@ def test_rope_scaling_starts_from_the_plain_rope():
     assert changed == replace(
         preset_config("llama-7b").rope, theta=500000.0, rotary_dim=64, rope_type="yarn", factor=2.0
     )
+
+
+def answer(path, num_kv_heads):
+    """Greedy tokens, the logprobs of all tokens at every position, and the cache's bytes per token."""
+    options = {"executor": "eager", "dtype": "float64", "kv_cache_tokens": 128, "max_model_len": 96}
+    config = EngineConfig.from_options(str(path), **options, num_kv_heads=num_kv_heads)
+    engine = LLMEngine.from_config(config)
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=512, prompt_logprobs=512)
+    engine.add_request({"prompt_token_ids": list(range(5, 45))}, params)
+    finished = []
+    while engine.has_unfinished:
+        finished += [output for output in engine.step() if output.finished]
+    engine.close()
+    (output,) = finished
+    (choice,) = output.outputs
+    rows = [row for row in (*output.prompt_logprobs, *choice.logprobs) if row is not None]
+    logprobs = np.array([[row[i].logprob for i in range(512)] for row in rows])
+    return choice.token_ids, logprobs, CacheLayout.bytes_per_token(engine.model.config, "float64")
+
+
+def test_repeated_heads_compute_the_same(path):
+    tokens, logprobs, bytes_per_token = answer(path, None)
+    assert logprobs.shape == (39 + 8, 512)
+    repeated_tokens, repeated_logprobs, repeated_bytes = answer(path, 12)
+    assert repeated_tokens == tokens and repeated_bytes == 3 * bytes_per_token
+    # The weights are equal (above), but BLAS may sum a matrix of more rows in another order: a few ulp.
+    np.testing.assert_allclose(repeated_logprobs, logprobs, rtol=0, atol=1e-13)
+
+
+def test_pooled_heads_compute_something_else(path):
+    _, logprobs, bytes_per_token = answer(path, None)
+    _, pooled_logprobs, pooled_bytes = answer(path, 1)
+    assert 4 * pooled_bytes == bytes_per_token
+    assert np.abs(pooled_logprobs[:30] - logprobs[:30]).mean() > 1e-3

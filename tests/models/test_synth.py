@@ -14,10 +14,12 @@ import transformers
 
 from ridgeline.checkpoint.gguf import read_gguf
 from ridgeline.errors import ConfigError
+from ridgeline.llm import LLM
 from ridgeline.models.load import load_model
 from ridgeline.models.registry import expected_shapes
 from ridgeline.models.synth import FALLBACKS, PRESETS, preset_config, synthesize
 from ridgeline.quant.formats import FORMATS
+from ridgeline.sampling_params import SamplingParams
 from ridgeline.tokenizer.load import load_tokenizer
 
 TEXT = "The time of day: 2 naïve 🙂 words\n\tcould go — so?"
@@ -166,3 +168,25 @@ def test_a_file_where_the_directory_should_be(tmp_path):
     (tmp_path / "hf").touch()
     with pytest.raises(ConfigError, match="is a file"):
         synthesize("tiny-llama", "F32", path=tmp_path / "hf")
+
+
+@pytest.mark.parametrize("like", ["tiny-llama", "tiny-gemma3"])
+@pytest.mark.parametrize(("fmt", "name"), [("Q4_0", "m.gguf"), ("Q6_K", "m.gguf"), ("BF16", "hf")])
+def test_the_engine_runs_them(tmp_path, like, fmt, name):
+    path = synthesize(like, fmt, path=tmp_path / name)
+    params = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True, logprobs=0)
+    with LLM(str(path), executor="eager", kv_cache_tokens=256, max_model_len=128) as llm:
+        text, ids = llm.generate([TEXT, {"prompt_token_ids": [5, 6, 7]}], params)
+        assert llm.engine.tokenizer is not None
+        assert text.prompt_token_ids == llm.engine.tokenizer.encode(TEXT)
+        assert ids.prompt_token_ids == [5, 6, 7]
+        for output in (text, ids):
+            (choice,) = output.outputs
+            assert choice.finish_reason == "length" and len(choice.token_ids) == 6
+            assert choice.text == llm.engine.tokenizer.decode(choice.token_ids)
+            assert all(
+                math.isfinite(row[i].logprob)
+                for i, row in zip(choice.token_ids, choice.logprobs, strict=True)
+            )
+        (again,) = llm.generate(TEXT, params)
+        assert again.outputs[0].token_ids == text.outputs[0].token_ids

@@ -16,6 +16,7 @@ import uvicorn
 from ridgeline.config import EngineConfig
 from ridgeline.engine.async_engine import AsyncEngine
 from ridgeline.engine.engine import LLMEngine
+from ridgeline.models.synth import synthesize
 from ridgeline.sampling_params import SamplingParams
 from ridgeline.server.app import create_app
 from ridgeline.tokenizer import Tokenizer
@@ -61,7 +62,7 @@ def serving(llm, **options):
     """Run the app in a thread until the block ends."""
     app = create_app(AsyncEngine(llm), model_name=NAME, **options)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False))
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:
         while not server.started:
@@ -70,7 +71,8 @@ def serving(llm, **options):
         yield Server(server.servers[0].sockets[0].getsockname()[1], llm)
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(30)
+        assert not thread.is_alive(), "the server did not shut down"
 
 
 def tiny_tokenizer():
@@ -93,7 +95,20 @@ def make_llm(**changes):
 @pytest.fixture
 def serve():
     """Run a server of one's own: `with serve(api_key=...) as server`."""
-    return lambda **options: serving(make_llm(), **options)
+    return lambda llm=None, **options: serving(llm or make_llm(), **options)
+
+
+@pytest.fixture
+def bare_llm():
+    """Without a tokenizer."""
+    return LLMEngine(EngineConfig.from_options(NAME, **OPTIONS), tiny_model("llama"), None)
+
+
+@pytest.fixture
+def synthetic_llm(tmp_path):
+    """With a tokenizer of bytes."""
+    path = synthesize("tiny-llama", "F32", path=tmp_path / "tiny.gguf")
+    return LLMEngine.from_config(EngineConfig.from_options(str(path), **OPTIONS))
 
 
 @pytest.fixture(scope="session")

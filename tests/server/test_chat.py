@@ -84,6 +84,16 @@ def test_logprobs(client, oracle, stream):
     assert all(bytes(r.bytes).decode() == r.token for r in records)
 
 
+def test_no_alternatives_unless_asked_for(client):
+    for seed in range(5):
+        got = client.chat.completions.create(
+            model="tiny", messages=MESSAGES, max_tokens=4, logprobs=True, top_logprobs=1, seed=seed
+        )
+        assert all(len(record.top_logprobs) == 1 for record in got.choices[0].logprobs.content)
+    got = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=2, logprobs=True)
+    assert [record.top_logprobs for record in got.choices[0].logprobs.content] == [[], []]
+
+
 def test_several_turns_reuse_the_prefix(client):
     long = [{"role": "user", "content": "word " * 20}]
     first = client.chat.completions.create(messages=long, max_tokens=4, **GREEDY)

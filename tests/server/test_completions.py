@@ -239,3 +239,29 @@ def test_cached_tokens_are_reported(client):
         for _ in range(2)
     )
     assert (first, second) == (0, 96)
+
+
+def test_a_stream_never_splits_a_character(serve, synthetic_llm):
+    """A byte-level vocabulary and random weights: most answers are broken UTF-8, some letters have two bytes."""
+    with serve(synthetic_llm) as server, server.client() as client:
+        for seed in range(6):
+            params = dict(
+                model="tiny", prompt="Привет", max_tokens=24, seed=seed, extra_body={"ignore_eos": True}
+            )
+            params["logit_bias"] = {str(i): 12 for i in server.llm.tokenizer.encode("Привет мир")}
+            whole = client.completions.create(**params).choices[0].text
+            pieces = [c.choices[0].text for c in client.completions.create(stream=True, **params)]
+            assert "".join(pieces) == whole and not whole.isascii()
+            assert 1 < len(pieces) < 24, "some tokens complete no character, and say nothing"
+
+
+def test_a_model_without_tokenizer_takes_and_gives_no_text(serve, bare_llm):
+    with serve(bare_llm) as server:
+        got = server.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 4, "logprobs": 1}).json()
+        assert got["choices"][0]["text"] == "" and got["usage"]["completion_tokens"] == 4
+        for path, body in (
+            ("/v1/completions", {"prompt": "text"}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ):
+            reply = server.post(path, json=body)
+            assert reply.status_code == 400 and "no tokenizer" in reply.json()["error"]["message"]

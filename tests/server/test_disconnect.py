@@ -20,7 +20,7 @@ def gauges(server):
     return {name: metrics[name] for name in IDLE}
 
 
-def until(condition, *, seconds=10.0):
+def until(condition, *, seconds=5.0):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -36,11 +36,11 @@ def send(server, **body):
 
 
 def slow_down(server, monkeypatch):
-    """Steps of 10 ms at least, so that nothing finishes before its client has gone."""
+    """Steps of 50 ms: 250 tokens take longer than `until` waits, so what is gone was aborted."""
     submit = server.llm.executor.submit
 
     def slow_submit(plan):
-        time.sleep(0.01)
+        time.sleep(0.05)
         return submit(plan)
 
     monkeypatch.setattr(server.llm.executor, "submit", slow_submit)

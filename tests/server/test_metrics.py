@@ -83,9 +83,11 @@ def test_counts_reconcile_with_usage(serve):
     assert metrics["ridgeline_num_requests_running"] == metrics["ridgeline_kv_cache_usage_ratio"] == 0
 
 
-def test_histograms_count_upwards_and_hold_plausible_times(server):
-    server.post("/v1/completions", json={"prompt": "a", "max_tokens": 3})
-    metrics = server.metrics()
+def test_histograms_count_upwards_and_hold_plausible_times(serve):
+    with serve() as server:
+        for max_tokens in (1, 3):
+            server.post("/v1/completions", json={"prompt": "a", "max_tokens": max_tokens})
+        metrics = server.metrics()
     for name in ("time_to_first_token", "e2e_request_latency", "step_time"):
         buckets = [
             value

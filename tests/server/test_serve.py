@@ -12,12 +12,14 @@ import httpx
 import pytest
 
 from ridgeline.cli.main import main
+from ridgeline.models.synth import synthesize
 
 COMMAND = [sys.executable, "-c", "from ridgeline.cli.main import main; main()", "serve"]
 OPTIONS = ["--executor", "eager", "--max-model-len", "128", "--kv-cache-tokens", "1024"]
 
 
-def test_it_says_when_it_is_ready_serves_and_stops(model_path):
+def test_it_says_when_it_is_ready_serves_and_stops(tmp_path):
+    model_path = str(synthesize("tiny-llama", "F32", path=tmp_path / "tiny.gguf"))
     environment = os.environ | {"RIDGELINE_API_KEY": "s3cret"}
     process = subprocess.Popen(
         [*COMMAND, "-m", model_path, *OPTIONS, "--port", "0", "--served-model-name", "mine"],

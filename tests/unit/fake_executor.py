@@ -142,7 +142,10 @@ class Engine:
 
     def step(self, meanwhile=None):
         """One step -> its plan. `meanwhile` runs while the step is in flight."""
+        running = self.scheduler.snapshot().running
         plan = self.scheduler.schedule()
+        if plan.preempted:
+            assert {r.request_id for r in plan.rows} <= set(running), "one goes and another comes in one step"
         self.check_plan(plan)
         sampled = self.execute(plan)
         self.scheduler.check_invariants()

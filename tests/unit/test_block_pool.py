@@ -78,6 +78,15 @@ def test_empty_blocks_go_first_then_the_longest_unused_tail():
     assert pool.stats.num_evicted_blocks == 4
 
 
+def test_an_empty_block_that_is_freed_last_still_goes_first():
+    pool = make(2)
+    a, b = pool.allocate(2)
+    publish_chain(pool, [a], (1, 2))
+    pool.free([a])
+    pool.free([b])
+    assert pool.allocate(1) == [b] and pool.stats.num_evicted_blocks == 0
+
+
 def test_a_block_that_was_used_again_is_evicted_last():
     pool = make(2)
     a, b = pool.allocate(2)

@@ -321,6 +321,15 @@ class TestEnd:
         engine.drain()
         assert request.num_tokens == 200 and request.num_preemptions == 0
 
+    def test_behind_a_window_a_long_prompt_needs_little_room(self):
+        engine = Engine(num_blocks=12, window=6, budget=8, max_model_len=200)
+        engine.add(text(4), wanting(40))
+        engine.add(text(60, seed=1), wanting(3))
+        engine.step()
+        engine.step()
+        assert engine.scheduler.num_running == 2
+        engine.drain()
+
     @pytest.mark.parametrize(
         ("options", "length", "words"),
         [
@@ -369,6 +378,15 @@ class TestEnd:
         assert request.num_computed_tokens == 0
         scheduler.update(new, {})
         assert request.num_computed_tokens == 4
+
+    def test_results_of_the_same_tokens_count_once(self):
+        engine = Engine()
+        request = engine.add(text(8), wanting(5))
+        plans = [engine.scheduler.schedule() for _ in range(2)]
+        assert plans[0].rows == plans[1].rows
+        for plan in plans:
+            engine.scheduler.update(plan, {"r0": Sampled(9, 0.0)})
+        assert request.output_token_ids == [9] and request.num_computed_tokens == 8
 
     def test_500_waiting(self):
         engine = Engine(num_blocks=30, max_num_seqs=8, budget=32)

@@ -80,6 +80,17 @@ def test_scores_of_a_prompt_are_no_token():
     assert stats.snapshot()["prompt_tokens_total"] == 9
 
 
+def test_an_id_that_comes_back_is_a_new_request():
+    engine = Engine()
+    stats = EngineStats(engine.scheduler)
+    for i in range(2):
+        engine.add(text(5), SamplingParams(max_tokens=1), request_id="again", arrival=float(i))
+        step(engine, stats, i, i + 2.0)
+        engine.live.clear()
+    assert stats.snapshot()["time_to_first_token_seconds"]["count"] == 2
+    assert stats.snapshot()["prompt_tokens_total"] == 10
+
+
 def test_a_preempted_request_is_counted_once():
     engine = Engine(num_blocks=5, max_num_seqs=2, prefix=False)
     stats = EngineStats(engine.scheduler)
