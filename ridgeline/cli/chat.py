@@ -27,6 +27,8 @@ def chat(
 
     Parameters
     ----------
+    engine
+        How to run the model.
     system
         A system message before the conversation.
     """

@@ -7,7 +7,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from ridgeline.cli.options import GreedyParams, print_json
 from ridgeline.config import EngineConfig
@@ -18,7 +20,7 @@ from ridgeline.sampling_params import SamplingParams
 
 
 def generate(
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     *,
     engine: EngineConfig,
     sampling: GreedyParams = GreedyParams(),

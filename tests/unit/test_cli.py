@@ -41,13 +41,7 @@ def test_help_names_every_command():
     assert all(name in done.stdout for name in COMMANDS)
 
 
-# One documented parameter ties with "Examples:" as a Google section, and docstring_parser takes Google.
-LOST_EXAMPLES = pytest.mark.xfail(strict=True, reason="the docstring of chat is not read as numpydoc")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=LOST_EXAMPLES if name == "chat" else ()) for name in COMMANDS]
-)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_help_of_every_command(name):
     if name == "serve":
         pytest.importorskip("fastapi")
@@ -141,7 +135,6 @@ def test_generate_ends_with_json(model):
     check_answer(json.loads(done.stdout.splitlines()[-1]), num_tokens=4)
 
 
-@pytest.mark.xfail(strict=True, reason="the prompt - is taken for an option: it needs allow_leading_hyphen")
 def test_generate_reads_standard_input(model):
     pytest.importorskip("torch")
     flags = ("--max-tokens", 1, "--ignore-eos", *EAGER)
