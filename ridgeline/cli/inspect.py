@@ -11,6 +11,7 @@ from typing import Any
 from ridgeline.checkpoint.checkpoint import Checkpoint, TensorEntry
 from ridgeline.cli.options import print_json
 from ridgeline.errors import RidgelineError
+from ridgeline.models.decoder import record_decoder
 from ridgeline.models.load import load_model, open_checkpoint
 from ridgeline.models.locate import locate_model
 from ridgeline.tokenizer import load_tokenizer
@@ -19,7 +20,7 @@ MAX_SHOWN = 100
 """Characters of a metadata value that are shown."""
 
 
-def inspect(model: str, *, json: bool = False, tensors: bool = False) -> None:
+def inspect(model: str, *, json: bool = False, tensors: bool = False, program: bool = False) -> None:
     """What is in a GGUF file or Hugging Face directory: architecture, shapes, formats, bytes, tokenizer.
 
     Examples:
@@ -27,6 +28,8 @@ def inspect(model: str, *, json: bool = False, tensors: bool = False) -> None:
         ridgeline inspect smollm2
 
         ridgeline inspect model.gguf --tensors
+
+        ridgeline inspect smollm2 --program
 
         ridgeline inspect ./my-model --json | tail -1 | jq .parameters
 
@@ -38,7 +41,14 @@ def inspect(model: str, *, json: bool = False, tensors: bool = False) -> None:
         End with one JSON document that holds everything, all tensors included.
     tensors
         Also list every tensor.
+    program
+        Show the recorded Program instead: the model as the native executor runs it.
     """
+    if program:
+        loaded = load_model(locate_model(model))
+        recorded = record_decoder(loaded.config, loaded.weights, max_model_len=loaded.config.max_position)
+        sys.stdout.write(recorded.text() + "\n")
+        return
     checkpoint = open_checkpoint(locate_model(model))
     document = describe(checkpoint)
     if json:

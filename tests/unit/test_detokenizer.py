@@ -48,7 +48,9 @@ BACKENDS = {
     "sentencepiece, prefix": sentencepiece(strip_left=True),
 }
 TOKENIZERS = {name: Tokenizer(backend, special_tokens={}) for name, backend in BACKENDS.items()}
-token_ids = st.lists(st.integers(0, 275) | st.sampled_from([0xE6, 0x97, 0xA5, 0xF0, 0x9F]), max_size=30)
+token_ids = st.lists(
+    st.integers(0, 255) | st.integers(256, 270) | st.sampled_from([0xE6, 0x97, 0xA5, 0xF0, 0x9F]), max_size=30
+)
 with_each_tokenizer = pytest.mark.parametrize("name", TOKENIZERS)
 
 
@@ -64,8 +66,8 @@ def mixes_valid_and_broken(backend, ids):
         if token is not None and re.fullmatch("<0x..>", token):
             run += bytes.fromhex(token[3:5])
         elif token is not None:
-            text = run.decode(errors="replace")
-            if "\ufffd" in text and text.strip("\ufffd"):
+            whole = run.decode(errors="ignore").encode()
+            if whole and whole != run:
                 return True
             run = b""
     return False
@@ -94,9 +96,13 @@ def test_decoding_gives_what_the_library_gives(name, skip, ids):
 
 @with_each_tokenizer
 @given(text=st.text(max_size=40))
+@example(text="\u2581a <end>")
 @example(text="e\u0301 \U0001f468\u200d\U0001f469\u200d\U0001f467 \u65e5\u672c \u0627\u0644")
 def test_a_character_comes_whole_with_its_last_byte(name, text):
     tokenizer = TOKENIZERS[name]
+    if not tokenizer.pieces.byte_level:
+        # Written for a space, it is one in the text, too.
+        text = text.replace("\u2581", " ")
     if tokenizer.pieces.strip_left:
         text = text.lstrip(" ")
     ids = tokenizer.encode(text, add_special_tokens=False, parse_special=False)

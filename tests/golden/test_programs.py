@@ -1,0 +1,108 @@
+"""The recorded Program of each architecture: its text, and its counts by hand and by torch's own counter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ridgeline.models.decoder import record_decoder
+from ridgeline.ops.program import Opcode, StepShape
+from tests.tiny import ARCHITECTURES, tiny_config, tiny_model
+
+
+def record(name):
+    model = tiny_model(name)
+    return model.config, record_decoder(model.config, model.weights, max_model_len=128)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_text_is_the_recorded_one(name):
+    file = Path(__file__).parent / f"program_{name}.txt"
+    text = record(name)[1].text() + "\n"
+    if os.environ.get("RIDGELINE_UPDATE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_flops_and_bytes_by_hand(name):
+    config, program = record(name)
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer = config.hidden_size * (2 * q_size + 2 * kv_size + 3 * config.intermediate_size)
+    head = config.hidden_size * config.vocab_size
+    for shape in (StepShape.prefill(50), StepShape.decode(3, 61)):
+        num_tokens, num_logits = shape.num_tokens, shape.num_logits
+        expected = 2 * (config.num_layers * layer * num_tokens + head * num_logits)
+        for index in range(config.num_layers):
+            window = config.sliding_window if index in config.window_layers else None
+            for num_new, seq_len in shape.sequences:
+                for position in range(seq_len - num_new, seq_len):
+                    keys = np.arange(position + 1)
+                    if window is not None:
+                        keys = keys[(keys > position - window) | (keys < config.num_sinks)]
+                    expected += 4 * q_size * len(keys)
+        assert program.flops(shape) == expected
+    numbers = head * (1 if config.tie_embeddings else 2) + config.num_layers * layer
+    matrices = [w for w in program.weights if len(w.shape) == 2]
+    assert sum(w.num_elements for w in matrices) == numbers
+    assert sum(w.num_bytes for w in matrices) == 4 * numbers
+
+
+def test_flops_equal_torch_s_counter():
+    """Decode of one token over naive attention, where every pair that is computed is also visible."""
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ridgeline.kvcache.layout import CacheLayout
+    from ridgeline.models.decoder import bind_decoder, decoder
+    from ridgeline.ops.batch import ForwardBatch
+    from ridgeline.ops.torch_ops import TorchBatch, TorchOps
+    from tests.ops.test_attention import Row
+
+    model = tiny_model("llama")
+    config, program = record("llama")
+    layout = CacheLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype="float32",
+        block_size=32,
+        num_blocks=8,
+    )
+    ops = TorchOps(layout, dtype="float32", device="cpu", attention="naive")
+    weights = bind_decoder(ops, config, model.weights, max_model_len=128)
+    rows = [Row((1,), 40, (0, 1)), Row((2,), 40, (2, 3)), Row((3,), 40, (4, 5))]
+    batch = TorchBatch.from_host(ForwardBatch.from_rows(rows, block_size=32), "cpu")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        decoder(ops, config, weights, batch)
+    assert counter.get_total_flops() == program.flops(StepShape.decode(3, 41))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_buffers_that_live_at_the_same_time_share_no_memory(name):
+    _, program = record(name)
+    plan = program.plan_buffers()
+    last_use = {i: n for n, instruction in enumerate(program.instructions) for i in instruction.inputs}
+    last_use[program.output] = len(program.instructions)
+    born = {instruction.output: n for n, instruction in enumerate(program.instructions)}
+    for a in program.buffers:
+        arena_rows, arena_columns = plan.arenas[plan.place[a.index]]
+        assert arena_rows == a.rows and arena_columns >= a.columns
+        for b in program.buffers:
+            overlap = born[a.index] <= last_use[b.index] and born[b.index] <= last_use[a.index]
+            if a.index < b.index and overlap:
+                assert plan.place[a.index] != plan.place[b.index], (a, b)
+    assert program.activation_bytes(max_tokens=10, max_logits=2) < sum(
+        4 * b.columns * (10 if b.rows == "T" else 2) for b in program.buffers
+    )
+
+
+def test_a_feature_is_an_instruction_and_nothing_else():
+    """Gemma's extras appear in its Program and only there."""
+    count = {name: [i.opcode for i in record(name)[1].instructions] for name in ARCHITECTURES}
+    assert Opcode.SCALE in count["gemma3"] and Opcode.SCALE not in count["llama"]
+    assert count["gemma3"].count(Opcode.RMS_NORM) == tiny_config("gemma3").num_layers * 6 + 1
+    assert count["sinks"].count(Opcode.ROPE) == tiny_config("sinks").num_layers * 3
