@@ -132,7 +132,7 @@ class CacheConfig:
     block_size: int | None = None
     """Tokens per block, a multiple of 32; None: 32 when paged."""
     kv_cache_dtype: KVCacheDType | None = None
-    """Element type of the pages; None: the executor's (its dtype, float16 on native)."""
+    """Element type of the pages; None: that of the arithmetic (native: float32 or float16)."""
     kv_cache_memory_bytes: int | None = None
     """Size of the cache in bytes; None: from the memory that is free."""
     kv_cache_tokens: int | None = None

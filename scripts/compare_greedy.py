@@ -1,6 +1,6 @@
 """Greedy answers of Ridgeline's executors and of transformers to three prompts, as a Markdown table.
 
-    .venv/bin/python scripts/compare_greedy.py > docs/results/greedy.md
+.venv/bin/python scripts/compare_greedy.py > docs/results/greedy.md
 """
 
 from __future__ import annotations

@@ -137,9 +137,10 @@ class OutputProcessor:
         ended_by_token = request.finish_reason is FinishReason.STOP
         if choice.detokenizer is None or choice.finder is None or ended_by_token:
             return None
-        text, stop = choice.finder.push(choice.detokenizer.push(token.token_id))
+        may_stop = len(output.token_ids) >= request.params.min_tokens
+        text, stop = choice.finder.push(choice.detokenizer.push(token.token_id), search=may_stop)
         output.text += text
-        return stop if len(output.token_ids) >= request.params.min_tokens else None
+        return stop
 
     def _logprobs(self, chosen: tuple[tuple[int, float, int], ...], token: Sampled) -> dict[int, Logprob]:
         entries = {

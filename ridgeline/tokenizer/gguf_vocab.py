@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from ridgeline.checkpoint.checkpoint import cache_directory
 from ridgeline.errors import TokenizerError
 from ridgeline.logs import logger
 from ridgeline.tokenizer.tokenizer import Tokenizer
@@ -202,7 +203,7 @@ def _cached_merges(vocabulary: _Vocabulary) -> Pairs:
     assert vocabulary.scores is not None
     key = hashlib.sha256("\0".join(vocabulary.pieces).encode())
     key.update(vocabulary.types.tobytes() + vocabulary.scores.tobytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ridgeline" / "tokenizers"
+    cache = cache_directory() / "tokenizers"
     file = cache / f"{key.hexdigest()[:32]}.merges"
     with contextlib.suppress(OSError):
         content = file.read_bytes()

@@ -187,6 +187,9 @@ def test_stop_strings_and_text_on_the_real_model():
             "The capital of France is", SamplingParams(temperature=0, max_tokens=12, stop=["is.\n"])
         )[0].outputs[0]
         assert across.text == " Par" and across.finish_reason == "stop", "the stop string spans two tokens"
+        late = SamplingParams(temperature=0, max_tokens=12, stop=["ari"], min_tokens=3)
+        kept = llm.generate("The capital of France is", late)[0].outputs[0]
+        assert kept.text == plain.text, "a stop string before min_tokens neither stops nor swallows text"
         one = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=1))[
             0
         ].outputs[0]
