@@ -26,3 +26,7 @@ def test_relative_links_lead_somewhere():
     for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")):
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_run_in_the_readme_is_the_committed_one():
+    assert (ROOT / "docs/results/demo.txt").read_text().rstrip() in (ROOT / "README.md").read_text()
