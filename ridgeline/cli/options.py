@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence  # noqa: F401  named by inherited fields, resolved here
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App, Parameter, Token
 
 from ridgeline.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
 from ridgeline.sampling_params import SamplingParams
@@ -20,8 +20,23 @@ from ridgeline.sampling_params import SamplingParams
 SHORT_NAMES = {"model": "-m"}
 
 
+def _read_logit_bias(type_: Any, tokens: Sequence[Token]) -> dict[int, float]:
+    """The flag's JSON object, {"token id": bias}."""
+    return {int(token_id): float(bias) for token_id, bias in json.loads(tokens[0].value).items()}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GreedyParams(SamplingParams):
+class CommandParams(SamplingParams):
+    """SamplingParams with the one field that needs help to become a flag."""
+
+    logit_bias: Annotated[
+        Mapping[int, float] | None, Parameter(converter=_read_logit_bias, n_tokens=1, accepts_keys=False)
+    ] = None
+    """JSON, such as '{"42": -100}': added to the logits of these token ids."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GreedyParams(CommandParams):
     """SamplingParams as a command line wants them: greedy, and longer than 16 tokens."""
 
     temperature: float = 0.0
@@ -29,7 +44,7 @@ class GreedyParams(SamplingParams):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChatParams(SamplingParams):
+class ChatParams(CommandParams):
     """SamplingParams of a conversation."""
 
     temperature: float = 0.7

@@ -152,3 +152,10 @@ def test_generate_with_the_real_model():
     done = ridgeline("generate", "-m", "smollm2", prompt, "--max-tokens", 4, *EAGER)
     assert done.returncode == 0, done.stderr
     assert "Paris" in check_answer(json.loads(done.stdout.splitlines()[-1]), num_tokens=4)["text"]
+
+
+def test_logit_bias_is_json(model):
+    pytest.importorskip("torch")
+    flags = ("--max-tokens", 2, "--ignore-eos", *EAGER)
+    done = ridgeline("generate", "-m", model, "hello", "--logit-bias", '{"7": 100}', *flags)
+    assert json.loads(done.stdout.splitlines()[-1])["outputs"][0]["token_ids"] == [7, 7]
