@@ -27,6 +27,8 @@ def test_it_says_when_it_is_ready_serves_and_stops(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A background job, as CI may be, inherits an ignored SIGINT; a terminal's Ctrl-C is what is tested.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         ready = process.stdout.readline()
