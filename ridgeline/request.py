@@ -30,7 +30,7 @@ class FinishReason(StrEnum):
 class Request:
     """One prompt with its parameters, from arrival to finish.
 
-    Owner: the scheduler. Invariant: num_cached_tokens <= num_computed_tokens <= num_tokens.
+    Owner: the scheduler. Invariant: num_computed_tokens <= num_tokens; preemption sets the former back to 0.
     """
 
     request_id: str
@@ -45,7 +45,7 @@ class Request:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
-    """Of the computed ones, taken over by prefix caching at the first admission."""
+    """Tokens taken over by prefix caching at the first admission."""
     num_preemptions: int = 0
     status: RequestStatus = RequestStatus.WAITING
     finish_reason: FinishReason | None = None
