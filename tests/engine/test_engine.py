@@ -222,6 +222,33 @@ def test_executors_agree_on_the_real_model_where_the_margin_allows():
                 break
 
 
+WAYS = {
+    "batched": {"max_num_seqs": 8},
+    "chunked": {"max_num_seqs": 4, "max_num_batched_tokens": 17},
+    "tight": {"max_num_seqs": 8, "kv_cache_tokens": 320},
+    "static": {"batching": "static"},
+    "no cache": {"kv_cache": False},
+}
+
+
+def test_the_real_model_gives_the_same_bits_every_way():
+    """Tokens and log-probabilities on native, greedy and sampled, two prompts sharing most of their tokens."""
+    shared = "The history of the bridge begins in the year 1802, when the town council decided that " * 6
+    prompts = ["The capital of France is", shared + "it", shared + "they", "1, 2, 3,"]
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    sampled = SamplingParams(temperature=0.8, top_p=0.9, seed=3, max_tokens=12)
+
+    real(executor="native").close()  # skips where the model is not installed
+
+    def run(**options):
+        with LLM("smollm2", executor="native", max_model_len=256, **options) as llm:
+            outputs = llm.generate(prompts, [greedy, sampled, greedy, sampled])
+            return [(o.outputs[0].token_ids, o.outputs[0].cumulative_logprob) for o in outputs]
+
+    alone = run(batching="none", enable_prefix_caching=False)
+    assert {way: run(**options) == alone for way, options in WAYS.items()} == dict.fromkeys(WAYS, True)
+
+
 def test_native_generation_imports_no_torch():
     real(executor="native").close()
     code = (
