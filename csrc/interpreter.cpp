@@ -1,62 +1,76 @@
 // Replays a Program: one call runs every instruction of a step over float32 buffers.
 // Each output element is computed by one thread in one order, whatever else is in the step: tokens do not depend
-// on the batch, on chunking or on the number of threads. Letters as in ops/interface.py.
+// on the batch, on chunking or on the number of threads. Letters as in ops/interface.py; what an instruction's
+// numbers mean is written at its function.
 #include <algorithm>
+#include <chrono>
+#include <memory>
+#include <new>
 #include <vector>
 
-#include "blocks.h"
+#include "attention.h"
+#include "matmul.h"
 #include "ridgeline.h"
-#include "simd.h"
 #include "thread_pool.h"
 
 namespace {
-constexpr int kTile = 32;          // tokens of a KV tile
-constexpr int kRowGroup = 4;       // weight rows of the matrix kernel
-constexpr int kTokenGroup = 3;     // tokens of the matrix kernel: 12 sums fit the 16 AVX registers
-constexpr int kRowsPerChunk = 16;  // weight rows unpacked at a time
-constexpr int kTokensPerPanel = 96;
+constexpr int64_t kSerialFloats = 4096;  // less work than this is not worth waking a thread for
+constexpr int64_t kPanelTokens = 128;    // of quantized activations that a thread reads again for every row group
+constexpr int64_t kQueryRows = 48;       // query rows that share a KV tile
+constexpr int64_t kMaxHeadDim = 1024;
+constexpr int64_t kMaxRows = 64;         // and query heads of one KV head, at most
 
-// R x M dot products of length k: out[m][r] at out + m * out_stride + r.
-template <int R, int M>
-void dots(const float *w, const float *x, int64_t k, const float *bias, float *out, int64_t out_stride) {
-    v8f sums[R][M];
-    for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) sums[r][m] = splat(0);
-    int64_t i = 0;
-    for (; i + 8 <= k; i += 8) {
-        v8f xs[M];
-        for (int m = 0; m < M; m++) xs[m] = load<v8f>(x + m * k + i);
-        for (int r = 0; r < R; r++) {
-            v8f ws = load<v8f>(w + r * k + i);
-            for (int m = 0; m < M; m++) sums[r][m] += ws * xs[m];
+// Memory that grows and is never zeroed.
+template <class T> class Scratch {
+public:
+    T *get(int64_t count) {
+        if (count > size_) {
+            memory_.reset((T *)std::aligned_alloc(64, align64(count * (int64_t)sizeof(T))));
+            size_ = count;
         }
+        return memory_.get();
     }
-    for (int r = 0; r < R; r++)
-        for (int m = 0; m < M; m++) {
-            float total = sum(sums[r][m]);
-            for (int64_t j = i; j < k; j++) total += w[r * k + j] * x[m * k + j];
-            out[m * out_stride + r] = bias ? total + bias[r] : total;
-        }
+    int64_t bytes() const { return size_ * (int64_t)sizeof(T); }
+
+private:
+    struct Free {
+        void operator()(T *p) const { std::free(p); }
+    };
+    std::unique_ptr<T, Free> memory_;
+    int64_t size_ = 0;
+};
+
+struct Workspace {  // of one thread
+    std::vector<uint8_t> unpacked;
+    Scratch<float> tile, values, scores;
+};
+
+void rms_norm_row(const float *x, const float *w, int64_t size, float eps, float offset, float *out) {
+    vf squares = zero();
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const vf v = load_n(x + i, size - i);
+        squares = fma(v, v, squares);
+    }
+    const vf factor = splat(1.0f / std::sqrt(sum(squares) / (float)size + eps));
+    for (int64_t i = 0; i < size; i += kLanes) {
+        const vf gain = add(load_n(w + i, size - i), splat(offset));
+        store_n(out + i, mul(mul(load_n(x + i, size - i), factor), gain), size - i);
+    }
 }
 
-template <int R>
-void dots_for_tokens(const float *w, const float *x, int64_t k, int64_t num_tokens, const float *bias, float *out,
-                     int64_t n) {
-    int64_t t = 0;
-    for (; t + kTokenGroup <= num_tokens; t += kTokenGroup)
-        dots<R, kTokenGroup>(w, x + t * k, k, bias, out + t * n, n);
-    for (; t < num_tokens; t++) dots<R, 1>(w, x + t * k, k, bias, out + t * n, n);
+void rotate(const float *x, const float *cos, int64_t half, int64_t head_dim, float *out) {  // x may be out
+    const float *sin = cos + half;
+    for (int64_t i = 0; i < half; i += kLanes) {
+        const int64_t n = half - i;
+        const vf c = load_n(cos + i, n), s = load_n(sin + i, n), a = load_n(x + i, n), b = load_n(x + half + i, n);
+        store_n(out + i, sub(mul(a, c), mul(b, s)), n);
+        store_n(out + half + i, fma(b, c, mul(a, s)), n);
+    }
+    if (x != out)
+        for (int64_t i = 2 * half; i < head_dim; i++) out[i] = x[i];
 }
 
-v8f sigmoid(v8f x) {
-    v8f magnitude = x < splat(0) ? x : -x;
-    v8f e = exp_nonpositive(magnitude);
-    v8f positive = splat(1) / (splat(1) + e);
-    return x < splat(0) ? e * positive : positive;
-}
-v8f gelu_tanh(v8f x) {  // x * sigmoid(2y) = x/2 * (1 + tanh(y)), y = sqrt(2/pi) (x + 0.044715 x³)
-    return x * sigmoid(splat(1.5957691216f) * (x + splat(0.044715f) * x * x * x));
-}
+vf activate(int kind, vf x) { return kind == 0 ? silu(x) : gelu_tanh(x); }
 }  // namespace
 
 struct rl_program {
@@ -66,97 +80,166 @@ struct rl_program {
     std::vector<const float *> constants;
     rl_cache cache;
     ThreadPool pool;
+    std::vector<Workspace> workspaces;
     const rl_batch *batch = nullptr;
-    std::vector<int32_t> sequence_of;  // [T]
+    std::vector<double> seconds;  // empty until somebody asks
 
-    explicit rl_program(int num_threads) : pool(num_threads) {}
+    Scratch<act_block> blocks;                    // the quantized input of a linear
+    Scratch<float> normed, queries, sink_queries, partials;
+    struct QueryTile {
+        int32_t sequence;
+        int32_t first, count;  // tokens
+    };
+    std::vector<QueryTile> tiles;  // of this step
+
+    explicit rl_program(int num_threads) : pool(num_threads), workspaces(pool.size()) {}
 
     int64_t rows_of(int buffer) const { return buffers[buffer].rows_are_logits ? batch->num_logits : batch->num_tokens; }
+    const float *vector(int weight) const { return weight < 0 ? nullptr : (const float *)weights[weight].address; }
+    float *row(int buffer, int64_t r) const { return buffers[buffer].address + r * buffers[buffer].columns; }
 
-    // Rows a thread takes at a time when all rows cost the same: about four turns each.
-    int64_t rows_per_turn(int64_t rows) const { return std::max<int64_t>(1, rows / (4 * pool.size())); }
-
-    template <class F> void for_rows(int64_t rows, const F &fn) {
-        pool.run(rows, rows_per_turn(rows), [&](int64_t begin, int64_t end) {
-            for (int64_t row = begin; row < end; row++) fn(row);
+    // fn(row) for all rows, shared between threads if there is enough to do.
+    template <class F> void for_rows(int64_t rows, int64_t floats_per_row, const F &fn) {
+        const int64_t chunk =
+            rows * floats_per_row < kSerialFloats ? rows : std::max<int64_t>(1, rows / (4 * pool.size()));
+        pool.run(rows, chunk, [&](int64_t begin, int64_t end, int) {
+            for (int64_t r = begin; r < end; r++) fn(r);
         });
     }
 
-    void embed(const rl_instruction &in) {
+    void embed(const rl_instruction &in) {  // weights: table; floats: factor
         const rl_weight &table = weights[in.weights[0]];
-        const int64_t bytes = row_bytes(table.format, table.columns);
-        float *out = buffers[in.output].address;
-        for_rows(batch->num_tokens, [&](int64_t t) {
-            unpack_row(table.format, (const char *)table.address + batch->token_ids[t] * bytes, table.columns,
-                       out + t * table.columns);
+        for_rows(batch->num_tokens, table.columns, [&](int64_t t) {
+            float *out = row(in.outputs[0], t);
+            with_format(table.format, [&](auto p) {
+                unpack_row<decltype(p)>((const uint8_t *)table.address, batch->token_ids[t], table.columns, out);
+            });
+            if (in.floats[0] != 1.0f)
+                for (int64_t i = 0; i < table.columns; i++) out[i] *= in.floats[0];
         });
     }
 
-    void scale(const rl_instruction &in) {  // floats: factor
-        const int64_t count = rows_of(in.output) * buffers[in.output].columns;
-        const float *x = buffers[in.inputs[0]].address;
-        float *out = buffers[in.output].address;
-        for (int64_t i = 0; i < count; i++) out[i] = x[i] * in.floats[0];
+    void scale(const rl_instruction &in) {  // inputs: x; floats: factor
+        const int64_t columns = buffers[in.outputs[0]].columns;
+        for_rows(rows_of(in.outputs[0]), columns, [&](int64_t r) {
+            for (int64_t i = 0; i < columns; i++) row(in.outputs[0], r)[i] = row(in.inputs[0], r)[i] * in.floats[0];
+        });
     }
 
-    void rms_norm(const rl_instruction &in) {  // floats: eps, offset
+    void rms_norm(const rl_instruction &in) {  // inputs: x, residual or -1; weights: w; floats: eps, offset
         const rl_weight &weight = weights[in.weights[0]];
-        const float *w = (const float *)weight.address;
-        const int64_t size = weight.rows, columns = buffers[in.output].columns;
-        for_rows(rows_of(in.output), [&](int64_t row) {
-            for (int64_t start = 0; start < columns; start += size) {
-                const float *x = buffers[in.inputs[0]].address + row * columns + start;
-                float *out = buffers[in.output].address + row * columns + start;
-                v8f squares = splat(0);
-                int64_t i = 0;
-                for (; i + 8 <= size; i += 8) squares += load<v8f>(x + i) * load<v8f>(x + i);
-                float total = sum(squares);
-                for (; i < size; i++) total += x[i] * x[i];
-                const float factor = 1.0f / std::sqrt(total / size + in.floats[0]);
-                for (i = 0; i < size; i++) out[i] = x[i] * factor * (w[i] + in.floats[1]);
-            }
+        const int64_t size = weight.rows, columns = buffers[in.outputs[0]].columns;
+        for_rows(rows_of(in.outputs[0]), columns, [&](int64_t r) {
+            float *out = row(in.outputs[0], r);
+            for (int64_t start = 0; start < columns; start += size)
+                rms_norm_row(row(in.inputs[0], r) + start, vector(in.weights[0]), size, in.floats[0], in.floats[1],
+                             out + start);
+            if (in.inputs[1] >= 0) add_row(row(in.inputs[1], r), out, columns, out);
         });
     }
 
+    static void add_row(const float *x, const float *y, int64_t n, float *out) {
+        for (int64_t i = 0; i < n; i += kLanes)
+            store_n(out + i, ::add(load_n(x + i, n - i), load_n(y + i, n - i)), n - i);
+    }
+
+    // inputs: x, residual or -1; outputs: one a matrix, or one for the GLU of two; weights: three matrices, their
+    // biases, the norm of x; ints: number of matrices, activation or -1; floats: eps, offset.
     void linear(const rl_instruction &in) {
-        const rl_weight &weight = weights[in.weights[0]];
-        const float *x = buffers[in.inputs[0]].address;
-        const float *bias = in.weights[1] < 0 ? nullptr : (const float *)weights[in.weights[1]].address;
-        float *out = buffers[in.output].address;
-        const int64_t n = weight.rows, k = weight.columns, rows = rows_of(in.output);
-        const int64_t bytes = row_bytes(weight.format, k);
-        pool.run(n, kRowsPerChunk, [&](int64_t chunk_begin, int64_t chunk_end) {
-            static thread_local std::vector<float> scratch;
-            if ((int64_t)scratch.size() < kRowsPerChunk * k) scratch.resize(kRowsPerChunk * k);
-            for (int64_t begin = chunk_begin; begin < chunk_end; begin += kRowsPerChunk) {
-                const int64_t end = std::min<int64_t>(begin + kRowsPerChunk, chunk_end);
-                const float *w = (const float *)((const char *)weight.address + begin * bytes);
-                if (weight.format != RL_F32) {
-                    for (int64_t r = begin; r < end; r++)
-                        unpack_row(weight.format, (const char *)weight.address + r * bytes, k, &scratch[(r - begin) * k]);
-                    w = scratch.data();
+        const int64_t rows = rows_of(in.inputs[0]), k = buffers[in.inputs[0]].columns;
+        const int num_matrices = in.ints[0], activation = in.ints[1];
+        const bool is_glu = activation >= 0;
+        bool any_quantized = false, any_float = false;
+        int64_t groups[4] = {0, 0, 0, 0};
+        for (int i = 0; i < num_matrices; i++) {
+            const rl_weight &w = weights[in.weights[i]];
+            (is_float_format(w.format) ? any_float : any_quantized) = true;
+            groups[i + 1] = groups[i] + (is_glu && i == 1 ? 0 : groups_of(w.rows));
+        }
+        const int64_t total_groups = groups[num_matrices];
+        const float *x = buffers[in.inputs[0]].address, *norm = vector(in.weights[6]);
+        float *normed_x = norm ? normed.get(rows * k) : nullptr;
+        act_block *quantized_x = any_quantized ? blocks.get(rows * (k / kBlock)) : nullptr;
+        if (norm || any_quantized) {
+            for_rows(rows, 4 * k, [&](int64_t r) {
+                const float *from = x + r * k;
+                if (norm) {
+                    rms_norm_row(from, norm, k, in.floats[0], in.floats[1], normed_x + r * k);
+                    from = normed_x + r * k;
                 }
-                for (int64_t t = 0; t < rows; t += kTokensPerPanel) {
-                    const int64_t tokens = std::min<int64_t>(kTokensPerPanel, rows - t);
-                    int64_t r = begin;
-                    for (; r + kRowGroup <= end; r += kRowGroup)
-                        dots_for_tokens<kRowGroup>(w + (r - begin) * k, x + t * k, k, tokens,
-                                                   bias ? bias + r : nullptr, out + t * n + r, n);
-                    for (; r < end; r++)
-                        dots_for_tokens<1>(w + (r - begin) * k, x + t * k, k, tokens, bias ? bias + r : nullptr,
-                                           out + t * n + r, n);
+                if (any_quantized) quantize_row(from, k, quantized_x + r * (k / kBlock));
+            });
+            if (norm) x = normed_x;
+        }
+        (void)any_float;
+
+        const int64_t panels = (rows + kPanelTokens - 1) / kPanelTokens;
+        const int64_t chunk = std::max<int64_t>(1, total_groups / (8 * pool.size()));
+        for (int64_t panel = 0; panel < panels; panel++) {
+            const int64_t first = panel * kPanelTokens, tokens = std::min(kPanelTokens, rows - first);
+            pool.run(total_groups, chunk, [&](int64_t begin, int64_t end, int thread) {
+                for (int64_t item = begin; item < end; item++) {
+                    int i = 0;
+                    while (item >= groups[i + 1]) i++;
+                    if (is_glu)
+                        glu_group(in, item, x, quantized_x, first, tokens, k, workspaces[thread]);
+                    else
+                        linear_group(in, i, item - groups[i], x, quantized_x, first, tokens, k, workspaces[thread]);
                 }
+            });
+        }
+    }
+
+    template <class Done>
+    void group_products(const rl_weight &w, int64_t group, const float *x, const act_block *q, int64_t first,
+                        int64_t tokens, int64_t k, Workspace &ws, const Done &done) {
+        with_format(w.format, [&](auto p) {
+            using P = decltype(p);
+            multiply_group<P>((const uint8_t *)w.address + group * P::group_bytes(k),
+                              q ? q + first * (k / kBlock) : nullptr, x + first * k, tokens, k, ws.unpacked, done);
+        });
+    }
+
+    void linear_group(const rl_instruction &in, int matrix, int64_t group, const float *x, const act_block *q,
+                      int64_t first, int64_t tokens, int64_t k, Workspace &ws) {
+        const rl_weight &w = weights[in.weights[matrix]];
+        const int64_t column = group * kLanes, valid = std::min<int64_t>(kLanes, w.rows - column);
+        const float *bias = vector(in.weights[3 + matrix]);
+        const vf b = bias ? load_n(bias + column, valid) : zero();
+        const int output = in.outputs[matrix], residual = in.inputs[1];
+        group_products(w, group, x, q, first, tokens, k, ws, [&](int64_t t, int64_t count, const float *sums) {
+            for (int64_t m = 0; m < count; m++) {
+                vf y = load(sums + m * kLanes);
+                if (bias) y = ::add(y, b);
+                if (residual >= 0) y = ::add(load_n(row(residual, first + t + m) + column, valid), y);
+                store_n(row(output, first + t + m) + column, y, valid);
             }
+        });
+    }
+
+    void glu_group(const rl_instruction &in, int64_t group, const float *x, const act_block *q, int64_t first,
+                   int64_t tokens, int64_t k, Workspace &ws) {
+        const rl_weight &gate = weights[in.weights[0]], &up = weights[in.weights[1]];
+        const int64_t column = group * kLanes, valid = std::min<int64_t>(kLanes, gate.rows - column);
+        float *gates = ws.tile.get(kPanelTokens * kLanes);
+        group_products(gate, group, x, q, first, tokens, k, ws, [&](int64_t t, int64_t count, const float *sums) {
+            for (int64_t m = 0; m < count; m++)
+                store(gates + (t + m) * kLanes, activate(in.ints[1], load(sums + m * kLanes)));
+        });
+        group_products(up, group, x, q, first, tokens, k, ws, [&](int64_t t, int64_t count, const float *sums) {
+            for (int64_t m = 0; m < count; m++)
+                store_n(row(in.outputs[0], first + t + m) + column,
+                        mul(load(gates + (t + m) * kLanes), load(sums + m * kLanes)), valid);
         });
     }
 
     void rope_cos_sin(const rl_instruction &in) {  // ints: constant, max_position or -1; floats: attention_factor
-        const int64_t half = buffers[in.output].columns / 2;
+        const int64_t half = buffers[in.outputs[0]].columns / 2;
         const float *inv_freq = constants[in.ints[0]];
-        for_rows(batch->num_tokens, [&](int64_t t) {
+        for_rows(batch->num_tokens, 64 * half, [&](int64_t t) {
             int32_t position = batch->positions[t];
             if (in.ints[1] >= 0) position = std::min(position, in.ints[1]);
-            float *out = buffers[in.output].address + t * 2 * half;
+            float *out = row(in.outputs[0], t);
             for (int64_t i = 0; i < half; i++) {
                 const float angle = (float)position * inv_freq[i];
                 out[i] = std::cos(angle) * in.floats[0];
@@ -165,200 +248,426 @@ struct rl_program {
         });
     }
 
-    void rope(const rl_instruction &in) {  // ints: head_dim
-        const int64_t columns = buffers[in.output].columns, head_dim = in.ints[0];
-        const int64_t rotary = buffers[in.inputs[1]].columns, half = rotary / 2;
-        for_rows(batch->num_tokens, [&](int64_t t) {
-            const float *cos = buffers[in.inputs[1]].address + t * rotary, *sin = cos + half;
-            for (int64_t head = 0; head < columns; head += head_dim) {
-                const float *x = buffers[in.inputs[0]].address + t * columns + head;
-                float *out = buffers[in.output].address + t * columns + head;
-                for (int64_t i = 0; i < half; i++) {
-                    out[i] = x[i] * cos[i] - x[half + i] * sin[i];
-                    out[half + i] = x[half + i] * cos[i] + x[i] * sin[i];
-                }
-                for (int64_t i = rotary; i < head_dim; i++) out[i] = x[i];
-            }
+    void rope(const rl_instruction &in) {  // inputs: x, cos_sin; ints: head_dim
+        const int64_t columns = buffers[in.outputs[0]].columns, head_dim = in.ints[0];
+        const int64_t half = buffers[in.inputs[1]].columns / 2;
+        for_rows(batch->num_tokens, columns, [&](int64_t t) {
+            for (int64_t head = 0; head < columns; head += head_dim)
+                rotate(row(in.inputs[0], t) + head, row(in.inputs[1], t), half, head_dim, row(in.outputs[0], t) + head);
         });
     }
 
-    // Element offset of the tile that holds `slot`; which: 0 K, 1 V.
-    int64_t tile_offset(int layer, int64_t slot, int which, int64_t kv_head) const {
-        const int64_t tiles = cache.block_size / kTile, block = slot / cache.block_size;
-        const int64_t head = ((layer * (int64_t)cache.num_blocks + block) * 2 + which) * cache.num_kv_heads + kv_head;
-        return (head * tiles + slot % cache.block_size / kTile) * kTile * cache.head_dim;
+    void store_token(int64_t layer, int64_t t, const float *k, const float *v) {
+        const int64_t slot = batch->slot_mapping[t];
+        if (slot < 0) return;
+        const kv_pages pages{cache};
+        for (int64_t g = 0; g < cache.num_kv_heads; g++) {
+            pages.put_k(pages.tile(layer, slot, 0, g), slot % kTile, k + g * cache.head_dim);
+            pages.put_v(pages.tile(layer, slot, 1, g), slot % kTile, v + g * cache.head_dim);
+        }
     }
 
-    void put(int64_t index, float value) {
-        if (cache.dtype == RL_KV_F16)
-            ((uint16_t *)cache.pages)[index] = float_to_half(value);
+    void store_kv(const rl_instruction &in) {  // inputs: k, v; ints: layer
+        for_rows(batch->num_tokens, cache.num_kv_heads * cache.head_dim,
+                 [&](int64_t t) { store_token(in.ints[0], t, row(in.inputs[0], t), row(in.inputs[1], t)); });
+    }
+
+    // inputs: q, q_sinks or -1. With k (inputs 2) the instruction also does what comes before: inputs: q, cos_sin of
+    // the sinks or -1, k, v, cos_sin; weights: q_norm, k_norm or -1; floats 1, 2: their eps and offset.
+    // ints: layer, head_dim, window or -1, num_sinks, 0 flash or 1 naive; floats: scale.
+    void attention(const rl_instruction &in) {
+        const int64_t columns = buffers[in.outputs[0]].columns, head_dim = in.ints[1];
+        const float *q = buffers[in.inputs[0]].address;
+        const float *q_sinks = in.inputs[1] < 0 ? q : buffers[in.inputs[1]].address;
+        if (in.inputs[2] >= 0) {
+            float *rotated = queries.get(batch->num_tokens * columns);
+            float *to_sinks = in.inputs[1] < 0 ? nullptr : sink_queries.get(batch->num_tokens * columns);
+            prepare(in, columns, head_dim, rotated, to_sinks);
+            q = rotated;
+            q_sinks = to_sinks ? to_sinks : rotated;
+        }
+        if (in.ints[4] == 1)
+            naive_attention(in, q, q_sinks);
         else
-            ((float *)cache.pages)[index] = value;
+            flash_attention(in, q, q_sinks);
     }
 
-    void store_kv(const rl_instruction &in) {  // ints: layer
-        const int64_t head_dim = cache.head_dim, columns = cache.num_kv_heads * head_dim;
-        for_rows(batch->num_tokens, [&](int64_t t) {
-            const int64_t slot = batch->slot_mapping[t], lane = slot % kTile;
+    // QK-norm, RoPE and the KV write, token by token.
+    void prepare(const rl_instruction &in, int64_t columns, int64_t head_dim, float *rotated, float *to_sinks) {
+        const int64_t kv_columns = cache.num_kv_heads * head_dim, half = buffers[in.inputs[4]].columns / 2;
+        const float *q_norm = vector(in.weights[0]), *k_norm = vector(in.weights[1]);
+        for_rows(batch->num_tokens, columns + 2 * kv_columns, [&](int64_t t) {
+            alignas(64) float k[kMaxHeadDim];
+            const float *cos_sin = row(in.inputs[4], t);
+            for (int64_t head = 0; head < columns; head += head_dim) {
+                const float *x = row(in.inputs[0], t) + head;
+                float *out = rotated + t * columns + head;
+                if (q_norm) {
+                    rms_norm_row(x, q_norm, head_dim, in.floats[1], in.floats[2], k);
+                    x = k;
+                }
+                if (to_sinks) rotate(x, row(in.inputs[1], t), half, head_dim, to_sinks + t * columns + head);
+                rotate(x, cos_sin, half, head_dim, out);
+            }
+            const int64_t slot = batch->slot_mapping[t];
             if (slot < 0) return;
+            const kv_pages pages{cache};
             for (int64_t g = 0; g < cache.num_kv_heads; g++) {
-                const float *k = buffers[in.inputs[0]].address + t * columns + g * head_dim;
-                const float *v = buffers[in.inputs[1]].address + t * columns + g * head_dim;
-                const int64_t k_tile = tile_offset(in.ints[0], slot, 0, g);
-                const int64_t v_tile = tile_offset(in.ints[0], slot, 1, g);
-                for (int64_t d = 0; d < head_dim; d++) put(k_tile + d * kTile + lane, k[d]);
-                for (int64_t d = 0; d < head_dim; d++) put(v_tile + lane * head_dim + d, v[d]);
+                const float *x = row(in.inputs[2], t) + g * head_dim;
+                if (k_norm) {
+                    rms_norm_row(x, k_norm, head_dim, in.floats[1], in.floats[2], k);
+                    rotate(k, cos_sin, half, head_dim, k);
+                } else {
+                    rotate(x, cos_sin, half, head_dim, k);
+                }
+                pages.put_k(pages.tile(in.ints[0], slot, 0, g), slot % kTile, k);
+                pages.put_v(pages.tile(in.ints[0], slot, 1, g), slot % kTile, row(in.inputs[3], t) + g * head_dim);
             }
         });
     }
 
-    // The tile as float: in place for float pages, converted into scratch for half ones.
-    const float *read_tile(int64_t offset, float *scratch) const {
-        if (cache.dtype == RL_KV_F32) return (const float *)cache.pages + offset;
-        const uint16_t *half = (const uint16_t *)cache.pages + offset;
-        for (int64_t i = 0; i < kTile * cache.head_dim; i += 8) store(scratch + i, half_to_float(load<v8u16>(half + i)));
-        return scratch;
+    // The keys that a token sees: 0..sinks with the other rotation, then first..position.
+    struct Visible {
+        int64_t sinks_end, first, position;
+    };
+    Visible visible(const rl_instruction &in, int64_t t) const {
+        const int64_t position = batch->positions[t], window = in.ints[2], num_sinks = in.ints[3];
+        const int64_t sinks_end = std::min(num_sinks, position + 1);
+        return {sinks_end, window < 0 ? sinks_end : std::max(sinks_end, position - window + 1), position};
     }
 
-    // q · K of one tile -> scores[32].
-    static void score_tile(const float *q, const float *k_tile, int64_t head_dim, float scale, float *scores) {
-        v8f sums[4] = {splat(0), splat(0), splat(0), splat(0)};
-        for (int64_t d = 0; d < head_dim; d++)
-            for (int i = 0; i < 4; i++) sums[i] += splat(q[d]) * load<v8f>(k_tile + d * kTile + 8 * i);
-        for (int i = 0; i < 4; i++) store(scores + 8 * i, sums[i] * splat(scale));
+    // Query rows of one tile and KV head; views into a thread's workspace.
+    struct Rows {
+        int64_t count;
+        const float *q[kMaxRows], *q_sinks[kMaxRows];
+        Visible sees[kMaxRows];
+        lanes in_tile[kMaxRows];
+        row_state parts[kMaxRows], wholes[kMaxRows];
+    };
+
+    void flash_attention(const rl_instruction &in, const float *q, const float *q_sinks) {
+        const int64_t columns = buffers[in.outputs[0]].columns, head_dim = in.ints[1];
+        const int64_t kv_heads = cache.num_kv_heads, group = columns / (kv_heads * head_dim);
+        make_query_tiles(group);
+        const int64_t items = (int64_t)tiles.size() * kv_heads;
+        int64_t longest = 0;
+        for (int32_t s = 0; s < batch->num_seqs; s++) longest = std::max<int64_t>(longest, batch->seq_lens[s]);
+        const int64_t partitions = (longest + kPartition - 1) / kPartition;
+        const auto output = [&](int64_t t, int64_t head) {
+            return buffers[in.outputs[0]].address + t * columns + head * head_dim;
+        };
+        const auto finish = [&](const QueryTile &tile, int64_t g, int64_t r, const row_state &whole) {
+            float *out = output(tile.first + r / group, g * group + r % group);
+            const vf inverse = splat(whole.total > 0.0f ? 1.0f / whole.total : 0.0f);
+            for (int64_t d = 0; d < head_dim; d += kLanes)
+                store_n(out + d, mul(load_n(whole.values + d, head_dim - d), inverse), head_dim - d);
+        };
+        const bool split = pool.size() > 1 && partitions > 1 && items < 4 * pool.size();
+        if (!split) {
+            pool.run(items, 1, [&](int64_t begin, int64_t end, int thread) {
+                for (int64_t i = begin; i < end; i++) {
+                    const QueryTile &tile = tiles[(items - 1 - i) / kv_heads];  // the longest first
+                    const int64_t g = (items - 1 - i) % kv_heads;
+                    Rows rows;
+                    float *values = fill_rows(in, rows, tile, g, group, q, q_sinks, workspaces[thread], 2);
+                    for (int64_t r = 0; r < rows.count; r++) {
+                        rows.wholes[r].values = values + (rows.count + r) * head_dim;
+                        clear(rows.wholes[r], head_dim);
+                    }
+                    for (int64_t p = 0; p * kPartition < batch->seq_lens[tile.sequence]; p++) {
+                        if (!attend_partition(in, rows, tile, g, p, workspaces[thread])) continue;
+                        for (int64_t r = 0; r < rows.count; r++) merge(rows.wholes[r], rows.parts[r], head_dim);
+                    }
+                    for (int64_t r = 0; r < rows.count; r++) finish(tile, g, r, rows.wholes[r]);
+                }
+            });
+            return;
+        }
+        // Few rows, long texts: threads share the partitions, whose results are then merged in order.
+        const int64_t most_rows = std::max<int64_t>(group, kQueryRows), stride = head_dim + 2;
+        float *parts = partials.get(items * partitions * most_rows * stride);
+        pool.run(items * partitions, 1, [&](int64_t begin, int64_t end, int thread) {
+            for (int64_t i = begin; i < end; i++) {
+                const int64_t item = i / partitions, p = i % partitions;
+                const QueryTile &tile = tiles[item / kv_heads];
+                Rows rows;
+                fill_rows(in, rows, tile, item % kv_heads, group, q, q_sinks, workspaces[thread], 1);
+                if (p * kPartition < batch->seq_lens[tile.sequence] &&
+                    attend_partition(in, rows, tile, item % kv_heads, p, workspaces[thread])) {
+                } else {
+                    for (int64_t r = 0; r < rows.count; r++) clear(rows.parts[r], head_dim);
+                }
+                for (int64_t r = 0; r < rows.count; r++) {
+                    float *part = parts + (i * most_rows + r) * stride;
+                    part[0] = rows.parts[r].most;
+                    part[1] = rows.parts[r].total;
+                    std::memcpy(part + 2, rows.parts[r].values, 4 * head_dim);
+                }
+            }
+        });
+        float *values = workspaces[0].values.get(head_dim);
+        for (int64_t item = 0; item < items; item++) {
+            const QueryTile &tile = tiles[item / kv_heads];
+            for (int64_t r = 0; r < tile.count * group; r++) {
+                row_state whole{0, 0, values};
+                clear(whole, head_dim);
+                for (int64_t p = 0; p < partitions; p++) {
+                    float *part = parts + ((item * partitions + p) * most_rows + r) * stride;
+                    merge(whole, row_state{part[0], part[1], part + 2}, head_dim);
+                }
+                finish(tile, item % kv_heads, r, whole);
+            }
+        }
     }
 
-    // Online softmax of one tile into (row_max, row_sum, out); keys first..last of the tile are visible.
-    static void accumulate_tile(const float *scores, int first, int last, const float *v_tile, int64_t head_dim,
-                                float &row_max, float &row_sum, float *out) {
-        alignas(32) float weights[kTile];
-        for (int i = 0; i < kTile; i++) weights[i] = i < first || i > last ? -INFINITY : scores[i];
-        v8f best = load<v8f>(weights);
-        for (int i = 8; i < kTile; i += 8) {
-            v8f next = load<v8f>(weights + i);
-            best = next > best ? next : best;
+    // Tokens of one sequence whose query rows share KV tiles; a padding row of an empty sequence sees nothing.
+    void make_query_tiles(int64_t group) {
+        const int32_t most = (int32_t)std::max<int64_t>(1, kQueryRows / group);
+        tiles.clear();
+        for (int32_t s = 0; s < batch->num_seqs; s++)
+            for (int32_t t = batch->query_start_loc[s]; t < batch->query_start_loc[s + 1]; t += most)
+                tiles.push_back({s, t, std::min(most, batch->query_start_loc[s + 1] - t)});
+    }
+
+    float *fill_rows(const rl_instruction &in, Rows &rows, const QueryTile &tile, int64_t g, int64_t group, const float *q,
+                     const float *q_sinks, Workspace &ws, int64_t states) {
+        const int64_t head_dim = in.ints[1], columns = buffers[in.outputs[0]].columns;
+        rows.count = tile.count * group;
+        float *values = ws.values.get(states * rows.count * head_dim + kLanes);
+        for (int64_t r = 0; r < rows.count; r++) {
+            const int64_t t = tile.first + r / group, head = g * group + r % group;
+            rows.q[r] = q + t * columns + head * head_dim;
+            rows.q_sinks[r] = q_sinks + t * columns + head * head_dim;
+            rows.sees[r] = visible(in, t);
+            rows.parts[r].values = values + r * head_dim;
         }
-        const float new_max = std::max(row_max, max(best));
-        v8f total = splat(0);
-        for (int i = 0; i < kTile; i += 8) {
-            v8f e = exp_nonpositive(load<v8f>(weights + i) - splat(new_max));
-            store(weights + i, e);
-            total += e;
+        return values;
+    }
+
+    // Positions 256 p .. 256 p + 255 into rows.parts; false, with the states untouched, when no row sees any.
+    bool attend_partition(const rl_instruction &in, Rows &rows, const QueryTile &tile, int64_t g, int64_t p,
+                          Workspace &ws) {
+        const int64_t begin = p * kPartition, end = begin + kPartition, head_dim = in.ints[1];
+        int64_t first = INT64_MAX, last = -1, sinks = 0;
+        for (int64_t r = 0; r < rows.count; r++) {
+            first = std::min(first, rows.sees[r].first);
+            last = std::max(last, rows.sees[r].position);
+            sinks = std::max(sinks, rows.sees[r].sinks_end);
         }
-        const float decay = row_max == -INFINITY ? 0.0f : std::exp(row_max - new_max);
-        row_sum = row_sum * decay + sum(total);
-        row_max = new_max;
-        for (int64_t d = 0; d < head_dim; d++) out[d] *= decay;
-        for (int n = first; n <= last; n++) {
-            const float weight = weights[n];
-            const float *v = v_tile + n * head_dim;
-            for (int64_t d = 0; d < head_dim; d++) out[d] += weight * v[d];
+        const bool sees_sinks = begin < sinks;
+        if (batch->seq_lens[tile.sequence] == 0 || (!sees_sinks && (first >= end || last < begin))) return false;
+        for (int64_t r = 0; r < rows.count; r++) clear(rows.parts[r], head_dim);
+        if (sees_sinks)
+            for (int64_t key = begin; key < std::min(sinks, end); key += kTile)
+                attend_keys(in, rows, rows.q_sinks, tile, g, key, ws, [&](const Visible &v) { return lanes_of(key, 0, v.sinks_end); });
+        for (int64_t key = std::max(begin, first / kTile * kTile); key < std::min(end, last + 1); key += kTile)
+            attend_keys(in, rows, rows.q, tile, g, key, ws,
+                        [&](const Visible &v) { return lanes_of(key, v.first, v.position + 1); });
+        return true;
+    }
+
+    static lanes lanes_of(int64_t key, int64_t begin, int64_t end) {
+        return {(int)std::clamp<int64_t>(begin - key, 0, kTile), (int)std::clamp<int64_t>(end - key, 0, kTile)};
+    }
+
+    template <class F>
+    void attend_keys(const rl_instruction &in, Rows &rows, const float *const *q, const QueryTile &tile, int64_t g,
+                     int64_t key, Workspace &ws, const F &lanes_seen) {
+        const int64_t head_dim = in.ints[1];
+        const int32_t *table = batch->block_tables + (int64_t)tile.sequence * batch->num_blocks_per_table;
+        bool any = false;
+        for (int64_t r = 0; r < rows.count; r++) {
+            rows.in_tile[r] = lanes_seen(rows.sees[r]);
+            any |= rows.in_tile[r].first < rows.in_tile[r].last;
+        }
+        if (!any) return;
+        const int64_t slot = table[key / cache.block_size] * (int64_t)cache.block_size + key % cache.block_size;
+        const kv_pages pages{cache};
+        const uint8_t *k = pages.tile(in.ints[0], slot, 0, g), *v = pages.tile(in.ints[0], slot, 1, g);
+        float *scores = ws.scores.get((rows.count + kScoreRows) * kTile);
+        const tile_rows some{rows.count, head_dim, q, rows.in_tile, rows.parts, scores};
+        if (cache.dtype == RL_KV_F16 && rows.count <= 2 * kScoreRows) {  // converting twice is cheaper than storing
+            attend_tile(some, (const uint16_t *)k, (const uint16_t *)v, in.floats[0]);
+        } else {
+            float *wide = ws.tile.get(2 * kTile * head_dim);
+            attend_tile(some, pages.floats(k, true, wide), pages.floats(v, false, wide + kTile * head_dim), in.floats[0]);
         }
     }
 
-    void attention(const rl_instruction &in) {  // ints: layer, head_dim, window or -1, num_sinks; floats: scale
-        const int64_t layer = in.ints[0], head_dim = in.ints[1], window = in.ints[2], num_sinks = in.ints[3];
-        const int64_t columns = buffers[in.output].columns, kv_heads = cache.num_kv_heads;
-        const int64_t group = columns / (kv_heads * head_dim);
-        const float *q_all = buffers[in.inputs[0]].address;
-        const float *q_sinks_all = in.inputs[1] < 0 ? q_all : buffers[in.inputs[1]].address;
-        const int64_t items = batch->num_tokens * kv_heads;
-        pool.run(items, std::max<int64_t>(1, items / (8 * pool.size())), [&](int64_t begin, int64_t end) {
-            static thread_local std::vector<float> scratch;
-            scratch.resize(2 * kTile * head_dim);
+    // All scores of a query head at once, [tokens of the sequence, keys]: what flash avoids.
+    void naive_attention(const rl_instruction &in, const float *q, const float *q_sinks) {
+        const int64_t columns = buffers[in.outputs[0]].columns, head_dim = in.ints[1];
+        const int64_t heads = columns / head_dim, group = heads / cache.num_kv_heads;
+        const kv_pages pages{cache};
+        pool.run(batch->num_seqs * heads, 1, [&](int64_t begin, int64_t end, int thread) {
+            Workspace &ws = workspaces[thread];
             for (int64_t item = begin; item < end; item++) {
-                const int64_t t = item / kv_heads, g = item % kv_heads, s = sequence_of[t];
-                float *out = buffers[in.output].address + t * columns + g * group * head_dim;
-                std::fill(out, out + group * head_dim, 0.0f);
-                if (batch->seq_lens[s] == 0) continue;
-                const int64_t position = batch->positions[t];
-                const int64_t sinks_end = std::min(num_sinks, position + 1);
-                const int64_t first_key = window < 0 ? 0 : std::max(sinks_end, position - window + 1);
-                const float *q = q_all + t * columns + g * group * head_dim;
-                const float *q_sinks = q_sinks_all + t * columns + g * group * head_dim;
+                const int64_t s = item / heads, head = item % heads, g = head / group;
+                const int64_t first = batch->query_start_loc[s], tokens = batch->query_start_loc[s + 1] - first;
+                const int64_t keys = (batch->seq_lens[s] + kTile - 1) / kTile * kTile;
                 const int32_t *table = batch->block_tables + s * batch->num_blocks_per_table;
-                std::vector<float> &row_state = row_states();
-                row_state.assign(2 * group, 0.0f);
-                for (int64_t r = 0; r < group; r++) row_state[2 * r] = -INFINITY;
-
-                auto attend = [&](int64_t begin_key, int64_t end_key, const float *query) {
-                    for (int64_t tile = begin_key / kTile; tile * kTile < end_key; tile++) {
-                        const int64_t key = tile * kTile;
-                        const int64_t slot =
-                            table[key / cache.block_size] * (int64_t)cache.block_size + key % cache.block_size;
-                        const int first = (int)std::max<int64_t>(0, begin_key - key);
-                        const int last = (int)std::min<int64_t>(kTile, end_key - key) - 1;
-                        const float *k = read_tile(tile_offset(layer, slot, 0, g), scratch.data());
-                        const float *v = read_tile(tile_offset(layer, slot, 1, g), scratch.data() + kTile * head_dim);
-                        for (int64_t r = 0; r < group; r++) {
-                            alignas(32) float scores[kTile];
-                            score_tile(query + r * head_dim, k, head_dim, in.floats[0], scores);
-                            accumulate_tile(scores, first, last, v, head_dim, row_state[2 * r], row_state[2 * r + 1],
-                                            out + r * head_dim);
-                        }
+                float *scores = ws.scores.get(std::max<int64_t>(1, tokens * keys));
+                float *wide = ws.tile.get(kTile * head_dim);
+                const auto each_tile = [&](int which, const auto &fn) {
+                    for (int64_t key = 0; key < keys; key += kTile) {
+                        const int64_t block = table[key / cache.block_size];
+                        if (block < 0) continue;  // freed behind the window
+                        const int64_t slot = block * cache.block_size + key % cache.block_size;
+                        fn(key, pages.floats(pages.tile(in.ints[0], slot, which, g), which == 0, wide));
                     }
                 };
-                attend(0, sinks_end, q_sinks);
-                attend(first_key, position + 1, q);
-                for (int64_t r = 0; r < group; r++)
-                    for (int64_t d = 0; d < head_dim; d++) out[r * head_dim + d] /= row_state[2 * r + 1];
+                std::fill(scores, scores + tokens * keys, -INFINITY);
+                each_tile(0, [&](int64_t key, const float *k) {
+                    for (int64_t t = 0; t < tokens; t++) {
+                        const Visible sees = visible(in, first + t);
+                        const lanes sinks = lanes_of(key, 0, sees.sinks_end);
+                        const lanes near = lanes_of(key, sees.first, sees.position + 1);
+                        alignas(64) float some[kTile];
+                        const auto score = [&](const float *query, lanes l) {
+                            if (l.first >= l.last) return;
+                            query += (first + t) * columns + head * head_dim;
+                            score_rows<1>(&query, k, head_dim, in.floats[0], some);
+                            std::copy(some + l.first, some + l.last, scores + t * keys + key + l.first);
+                        };
+                        score(q_sinks, sinks);
+                        score(q, near);
+                    }
+                });
+                for (int64_t t = 0; t < tokens; t++) {
+                    float *p = scores + t * keys, most = -INFINITY;
+                    for (int64_t j = 0; j < keys; j++) most = std::max(most, p[j]);
+                    if (most == -INFINITY) most = 0.0f;
+                    vf total = zero();
+                    for (int64_t j = 0; j < keys; j += kLanes) {
+                        const vf e = exp_nonpositive(sub(load(p + j), splat(most)));
+                        store(p + j, e);
+                        total = ::add(total, e);
+                    }
+                    const float whole = sum(total);
+                    const vf inverse = splat(whole > 0.0f ? 1.0f / whole : 0.0f);
+                    for (int64_t j = 0; j < keys; j += kLanes) store(p + j, mul(load(p + j), inverse));
+                    std::fill_n(row(in.outputs[0], first + t) + head * head_dim, head_dim, 0.0f);
+                }
+                each_tile(1, [&](int64_t key, const float *v) {
+                    for (int64_t t = 0; t < tokens; t++) {
+                        const Visible sees = visible(in, first + t);
+                        float *out = row(in.outputs[0], first + t) + head * head_dim;
+                        const auto weigh = [&](lanes l) {
+                            if (l.first < l.last)
+                                weigh_all<1>(scores + t * keys + key, v, head_dim, l.first, l.last, &out);
+                        };
+                        weigh(lanes_of(key, 0, sees.sinks_end));
+                        weigh(lanes_of(key, sees.first, sees.position + 1));
+                    }
+                });
             }
         });
     }
 
-    static std::vector<float> &row_states() {
-        static thread_local std::vector<float> states;
-        return states;
-    }
-
-    void glu(const rl_instruction &in) {  // ints: 0 silu, 1 gelu_tanh
-        const int64_t columns = buffers[in.output].columns;
-        for_rows(rows_of(in.output), [&](int64_t row) {
-            const float *gate = buffers[in.inputs[0]].address + row * columns;
-            const float *up = buffers[in.inputs[1]].address + row * columns;
-            float *out = buffers[in.output].address + row * columns;
-            for (int64_t i = 0; i < columns; i += 8) {
-                const int64_t count = std::min<int64_t>(8, columns - i);
-                v8f g = splat(0);
-                std::memcpy(&g, gate + i, 4 * count);
-                v8f activated = in.ints[0] == 0 ? g * sigmoid(g) : gelu_tanh(g);
-                for (int64_t j = 0; j < count; j++) out[i + j] = activated[j] * up[i + j];
+    void glu(const rl_instruction &in) {  // inputs: gate, up; ints: 0 silu, 1 gelu_tanh
+        const int64_t columns = buffers[in.outputs[0]].columns;
+        for_rows(rows_of(in.outputs[0]), 4 * columns, [&](int64_t r) {
+            const float *gate = row(in.inputs[0], r), *up = row(in.inputs[1], r);
+            for (int64_t i = 0; i < columns; i += kLanes) {
+                const int64_t n = columns - i;
+                store_n(row(in.outputs[0], r) + i, mul(activate(in.ints[0], load_n(gate + i, n)), load_n(up + i, n)), n);
             }
         });
     }
 
-    void add(const rl_instruction &in) {
-        const int64_t count = rows_of(in.output) * buffers[in.output].columns;
-        const float *x = buffers[in.inputs[0]].address, *y = buffers[in.inputs[1]].address;
-        float *out = buffers[in.output].address;
-        for (int64_t i = 0; i < count; i++) out[i] = x[i] + y[i];
+    void add(const rl_instruction &in) {  // inputs: x, y
+        const int64_t columns = buffers[in.outputs[0]].columns;
+        for_rows(rows_of(in.outputs[0]), columns, [&](int64_t r) {
+            add_row(row(in.inputs[0], r), row(in.inputs[1], r), columns, row(in.outputs[0], r));
+        });
     }
 
-    void gather_rows(const rl_instruction &in) {
-        const int64_t columns = buffers[in.output].columns;
-        for (int64_t row = 0; row < batch->num_logits; row++)
-            std::memcpy(buffers[in.output].address + row * columns,
-                        buffers[in.inputs[0]].address + batch->logit_rows[row] * columns, 4 * columns);
+    void gather_rows(const rl_instruction &in) {  // inputs: x
+        for (int64_t r = 0; r < batch->num_logits; r++)
+            std::memcpy(row(in.outputs[0], r), row(in.inputs[0], batch->logit_rows[r]), 4 * buffers[in.outputs[0]].columns);
+    }
+
+    void run(const rl_instruction &in) {
+        switch (in.opcode) {
+            case RL_EMBED: return embed(in);
+            case RL_SCALE: return scale(in);
+            case RL_RMS_NORM: return rms_norm(in);
+            case RL_LINEAR: return linear(in);
+            case RL_ROPE_COS_SIN: return rope_cos_sin(in);
+            case RL_ROPE: return rope(in);
+            case RL_STORE_KV: return store_kv(in);
+            case RL_ATTENTION: return attention(in);
+            case RL_GLU: return glu(in);
+            case RL_ADD: return add(in);
+            case RL_GATHER_ROWS: return gather_rows(in);
+        }
     }
 
     void step(const rl_batch *step_batch) {
         batch = step_batch;
-        sequence_of.resize(batch->num_tokens);
-        for (int32_t s = 0; s < batch->num_seqs; s++)
-            for (int32_t t = batch->query_start_loc[s]; t < batch->query_start_loc[s + 1]; t++) sequence_of[t] = s;
-        for (const rl_instruction &in : instructions) switch (in.opcode) {
-                case RL_EMBED: embed(in); break;
-                case RL_SCALE: scale(in); break;
-                case RL_RMS_NORM: rms_norm(in); break;
-                case RL_LINEAR: linear(in); break;
-                case RL_ROPE_COS_SIN: rope_cos_sin(in); break;
-                case RL_ROPE: rope(in); break;
-                case RL_STORE_KV: store_kv(in); break;
-                case RL_ATTENTION: attention(in); break;
-                case RL_GLU: glu(in); break;
-                case RL_ADD: add(in); break;
-                case RL_GATHER_ROWS: gather_rows(in); break;
+        if (seconds.empty()) {
+            for (const rl_instruction &in : instructions) run(in);
+            return;
+        }
+        for (size_t i = 0; i < instructions.size(); i++) {
+            const auto start = std::chrono::steady_clock::now();
+            run(instructions[i]);
+            seconds[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        }
+    }
+
+    // Fixed chunks of columns, merged in order: the same sum whatever the number of threads.
+    void greedy(const float *logits, int64_t rows, int64_t columns, int32_t *best, float *most, double *log_total) {
+        constexpr int64_t chunk = 4096;
+        const int64_t chunks = (columns + chunk - 1) / chunk;
+        struct Part {
+            float most;
+            int32_t best;
+            double total;
+        };
+        std::vector<Part> parts(rows * chunks);
+        pool.run(rows * chunks, std::max<int64_t>(1, chunks / (2 * pool.size())), [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; i++) {
+                const int64_t start = i % chunks * chunk, n = std::min(chunk, columns - start);
+                const float *x = logits + i / chunks * columns + start;
+                vf peak = splat(-INFINITY);
+                int64_t j = 0;
+                for (; j + kLanes <= n; j += kLanes) peak = max(peak, load(x + j));
+                float here = largest(peak);
+                for (; j < n; j++) here = x[j] > here ? x[j] : here;
+                Part &part = parts[i];
+                part = {here, -1, 0.0};
+                for (j = 0; j < n && part.best < 0; j++)
+                    if (x[j] == here) part.best = (int32_t)(start + j);
+                if (here == -INFINITY) continue;
+                for (j = 0; j < n; j += 512) {  // float sums of at most 512, then double
+                    vf total = zero();
+                    const int64_t stop = std::min<int64_t>(n, j + 512);
+                    int64_t c = j;
+                    for (; c + kLanes <= stop; c += kLanes)
+                        total = ::add(total, exp_nonpositive(sub(load(x + c), splat(here))));
+                    double rest = sum(total);
+                    for (; c < stop; c++) rest += std::exp((double)x[c] - here);
+                    part.total += rest;
+                }
             }
+        });
+        for (int64_t r = 0; r < rows; r++) {
+            Part whole = parts[r * chunks];
+            for (int64_t c = 1; c < chunks; c++)
+                if (parts[r * chunks + c].most > whole.most) {
+                    whole.most = parts[r * chunks + c].most;
+                    whole.best = parts[r * chunks + c].best;
+                }
+            double total = 0;
+            for (int64_t c = 0; c < chunks; c++)
+                total += parts[r * chunks + c].total * std::exp((double)parts[r * chunks + c].most - whole.most);
+            bool finite = std::isfinite(total) && whole.best >= 0;
+            for (int64_t c = 0; c < chunks; c++) finite &= parts[r * chunks + c].best >= 0;
+            best[r] = finite ? whole.best : -1;
+            most[r] = whole.most;
+            log_total[r] = whole.most + std::log(total);
+        }
     }
 };
 
@@ -369,9 +678,10 @@ rl_program *rl_create(const rl_instruction *instructions, int32_t num_instructio
                       const float *const *constants, int32_t num_constants, const rl_cache *cache,
                       int32_t num_threads) {
     for (int32_t i = 0; i < num_instructions; i++)
-        if (instructions[i].opcode < 0 || instructions[i].opcode > RL_GATHER_ROWS) return nullptr;
+        if (instructions[i].opcode < 0 || instructions[i].opcode >= RL_NUM_OPCODES) return nullptr;
     for (int32_t i = 0; i < num_weights; i++)
-        if (row_bytes(weights[i].format, 32) == 0) return nullptr;
+        if (!with_format(weights[i].format, [](auto) {})) return nullptr;
+    if (cache->head_dim > kMaxHeadDim || cache->dtype < RL_KV_F32 || cache->dtype > RL_KV_I8) return nullptr;
     auto *program = new rl_program(num_threads);
     program->instructions.assign(instructions, instructions + num_instructions);
     program->buffers.assign(buffers, buffers + num_buffers);
@@ -389,11 +699,75 @@ void rl_set_buffers(rl_program *program, const rl_buffer *buffers) {
 
 void rl_step(rl_program *program, const rl_batch *batch) { program->step(batch); }
 
+void rl_take_times(rl_program *program, double *seconds) {
+    program->seconds.resize(program->instructions.size());
+    std::copy(program->seconds.begin(), program->seconds.end(), seconds);
+    std::fill(program->seconds.begin(), program->seconds.end(), 0.0);
+}
+
+int64_t rl_scratch_bytes(const rl_program *program) {
+    int64_t bytes = program->blocks.bytes() + program->normed.bytes() + program->queries.bytes() +
+                    program->sink_queries.bytes() + program->partials.bytes();
+    for (const Workspace &ws : program->workspaces)
+        bytes += (int64_t)ws.unpacked.size() + ws.tile.bytes() + ws.values.bytes() + ws.scores.bytes();
+    return bytes;
+}
+
+void rl_greedy(rl_program *program, const float *logits, int32_t rows, int32_t columns, int32_t *best, float *largest,
+               double *log_total) {
+    program->greedy(logits, rows, columns, best, largest, log_total);
+}
+
+int32_t rl_top_k(const float *logits, int32_t columns, int32_t count, int32_t *ids, float *values) {
+    count = std::min(count, columns);
+    if (count <= 0) return 0;
+    // A heap of the best so far, the worst of them on top; most logits lose against it at once, sixteen at a time.
+    const auto better = [&](int32_t a, int32_t b) { return logits[a] != logits[b] ? logits[a] > logits[b] : a < b; };
+    for (int32_t i = 0; i < count; i++) ids[i] = i;
+    std::make_heap(ids, ids + count, better);
+    const auto offer = [&](int32_t i) {
+        if (!better(i, ids[0])) return;
+        std::pop_heap(ids, ids + count, better);
+        ids[count - 1] = i;
+        std::push_heap(ids, ids + count, better);
+    };
+    int32_t i = count;
+    for (; i + kLanes <= columns; i += kLanes) {
+        if (largest(load(logits + i)) <= logits[ids[0]]) continue;
+        for (int32_t j = i; j < i + kLanes; j++) offer(j);
+    }
+    for (; i < columns; i++) offer(i);
+    std::sort_heap(ids, ids + count, better);
+    for (int32_t j = 0; j < count; j++) values[j] = logits[ids[j]];
+    return count;
+}
+
+int64_t rl_packed_bytes(int32_t format, int32_t rows, int32_t columns) {
+    int64_t bytes = 0;
+    with_format(format, [&](auto p) {
+        using P = decltype(p);
+        if (columns % P::columns_multiple == 0) bytes = groups_of(rows) * P::group_bytes(columns);
+    });
+    return bytes;
+}
+
+void rl_pack(int32_t format, const void *file_rows, int32_t begin, int32_t end, int32_t rows, int32_t columns,
+             void *packed_rows) {
+    end = std::min(end, rows);
+    with_format(format, [&](auto p) {
+        pack_rows<decltype(p)>((const uint8_t *)file_rows, begin, end, columns, (uint8_t *)packed_rows);
+    });
+}
+
 int32_t rl_cpu_supports(const char *isa) {
     if (!std::strcmp(isa, "generic")) return 1;
 #if defined(__x86_64__)
-    if (!std::strcmp(isa, "avx2"))
-        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (!std::strcmp(isa, "avx2")) return avx2;
+    if (!std::strcmp(isa, "avx512"))
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512vnni");
 #endif
     return 0;
 }

@@ -3,8 +3,10 @@
 #pragma once
 #include <cstdint>
 
+#pragma GCC visibility push(default)
 extern "C" {
 
+// Operands of each are listed in interpreter.cpp; the names match Opcode in ops/program.py.
 enum rl_opcode : int32_t {
     RL_EMBED = 0,
     RL_SCALE = 1,
@@ -17,9 +19,10 @@ enum rl_opcode : int32_t {
     RL_GLU = 8,
     RL_ADD = 9,
     RL_GATHER_ROWS = 10,
+    RL_NUM_OPCODES
 };
 
-// Formats are numbered as in ggml; F32 = 0 and so on. Others are refused when a program is created.
+// Formats are numbered as in ggml; F32 = 0 and so on.
 enum rl_format : int32_t {
     RL_F32 = 0,
     RL_F16 = 1,
@@ -28,18 +31,23 @@ enum rl_format : int32_t {
     RL_Q5_0 = 6,
     RL_Q5_1 = 7,
     RL_Q8_0 = 8,
+    RL_Q2_K = 10,
+    RL_Q3_K = 11,
+    RL_Q4_K = 12,
+    RL_Q5_K = 13,
+    RL_Q6_K = 14,
     RL_BF16 = 30,
 };
 
-enum rl_kv_dtype : int32_t { RL_KV_F32 = 0, RL_KV_F16 = 1 };
+enum rl_kv_dtype : int32_t { RL_KV_F32 = 0, RL_KV_F16 = 1, RL_KV_I8 = 2 };
 
 struct rl_instruction {
     int32_t opcode;
-    int32_t output;      // buffer, or -1
-    int32_t inputs[2];   // buffers, or -1
-    int32_t weights[2];  // weights, or -1
-    int32_t ints[4];     // see interpreter.cpp, one comment per opcode
-    float floats[2];
+    int32_t outputs[3];  // buffers, or -1
+    int32_t inputs[5];   // buffers, or -1
+    int32_t weights[7];  // weights, or -1
+    int32_t ints[6];
+    float floats[4];
 };
 
 struct rl_buffer {
@@ -48,6 +56,7 @@ struct rl_buffer {
     int32_t columns;
 };
 
+// A matrix [rows, columns] is packed (rl_pack), a vector is float32 as it is.
 struct rl_weight {
     const void *address;
     int32_t format;
@@ -56,8 +65,8 @@ struct rl_weight {
 };
 
 struct rl_cache {
-    void *pages;  // [layer][block][K then V][kv head][tile]: K tiles [head_dim][32], V tiles [32][head_dim]
-    int32_t dtype;
+    void *pages;  // [layer][block][K then V][kv head][tile]; a tile holds 32 tokens: K [head_dim][32], V [32][head_dim]
+    int32_t dtype;  // int8 tiles are followed by 32 float32 scales, one a token
     int32_t num_layers, num_blocks, block_size, num_kv_heads, head_dim;
 };
 
@@ -82,6 +91,28 @@ void rl_set_buffers(rl_program *program, const rl_buffer *buffers);
 // Run every instruction for one step. The caller is worker 0 of the pool and returns when all is done.
 void rl_step(rl_program *program, const rl_batch *batch);
 
-// Whether this processor can run the library built for `isa` ("generic", "avx2").
+// Seconds that each instruction took since the last call, num_instructions of them; the first call starts the clocks.
+void rl_take_times(rl_program *program, double *seconds);
+
+// Bytes that the program allocated itself and keeps between steps: quantized activations, attention's partial results.
+int64_t rl_scratch_bytes(const rl_program *program);
+
+// For rows of logits [rows, columns]: the first largest one's column, its value, and log(sum(exp(logits))).
+void rl_greedy(rl_program *program, const float *logits, int32_t rows, int32_t columns, int32_t *best, float *largest,
+               double *log_total);
+
+// The `count` largest of one row, largest first, ties by column. Returns how many were written: min(count, columns).
+int32_t rl_top_k(const float *logits, int32_t columns, int32_t count, int32_t *ids, float *values);
+
+// Bytes of a packed matrix; 0: the format has no kernel, or `columns` is no multiple of its block.
+int64_t rl_packed_bytes(int32_t format, int32_t rows, int32_t columns);
+
+// Rearrange rows begin..end of a matrix in the file's layout into groups of 16 rows; `begin` is a multiple of 16.
+// `packed` is the start of the whole matrix, 64-byte aligned.
+void rl_pack(int32_t format, const void *file_rows, int32_t begin, int32_t end, int32_t rows, int32_t columns,
+             void *packed);
+
+// Whether this processor can run the library built for `isa` ("generic", "avx2", "avx512").
 int32_t rl_cpu_supports(const char *isa);
 }
+#pragma GCC visibility pop

@@ -1,79 +1,79 @@
-// Eight floats at a time in the compiler's portable vector extensions: SSE2 pairs in the generic build, one AVX
-// register in the avx2 build. Every reduction over K keeps eight running sums and joins them in one fixed order,
-// so that a result does not depend on how many rows are computed together.
+// Sixteen lanes, whatever the processor: the only vector width that the kernels know. One header for each
+// instruction set defines `vf` (16 floats), `codes` (16 rows x 4 unsigned bytes) and `idot` (16 integer dot
+// products) with the same functions; results differ between instruction sets only in rounding.
 #pragma once
-#if defined(__AVX2__) || defined(__F16C__)
-#include <immintrin.h>
-#endif
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
-typedef float v8f __attribute__((vector_size(32), aligned(4)));
-typedef int32_t v8i __attribute__((vector_size(32), aligned(4)));
-typedef uint32_t v8u __attribute__((vector_size(32), aligned(4)));
-typedef uint8_t v8u8 __attribute__((vector_size(8), aligned(1)));
-typedef int8_t v8s8 __attribute__((vector_size(8), aligned(1)));
-typedef uint16_t v8u16 __attribute__((vector_size(16), aligned(2)));
+constexpr int kLanes = 16;
 
-template <class V> static inline V load(const void *p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-static inline void store(float *p, v8f v) { std::memcpy(p, &v, sizeof v); }
-static inline v8f splat(float x) { return v8f{x, x, x, x, x, x, x, x}; }
-
-// Eight bytes to float. gcc 12 turns the vector conversion of 8-byte vectors into scalar code, hence intrinsics.
-static inline v8f to_float(v8u8 bytes) {
-#if defined(__AVX2__)
-    int64_t bits;
-    std::memcpy(&bits, &bytes, 8);
-    return (v8f)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits)));
+#if defined(RL_AVX512)
+#include "simd_avx512.h"
+#elif defined(RL_AVX2)
+#include "simd_avx2.h"
 #else
-    return __builtin_convertvector(__builtin_convertvector(bytes, v8i), v8f);
+#include "simd_generic.h"
 #endif
+
+static inline vf zero() { return splat(0.0f); }
+static inline vf load_n(const float *p, int64_t n) {  // the first n lanes, 0 elsewhere
+    if (n >= kLanes) return load(p);
+    alignas(64) float lanes[kLanes] = {};
+    std::memcpy(lanes, p, 4 * n);
+    return load(lanes);
 }
-static inline v8f to_float(v8s8 bytes) {
-#if defined(__AVX2__)
-    int64_t bits;
-    std::memcpy(&bits, &bytes, 8);
-    return (v8f)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits)));
-#else
-    return __builtin_convertvector(__builtin_convertvector(bytes, v8i), v8f);
-#endif
+static inline void store_n(float *p, vf v, int64_t n) {
+    if (n >= kLanes) return store(p, v);
+    alignas(64) float lanes[kLanes];
+    store(lanes, v);
+    std::memcpy(p, lanes, 4 * n);
 }
 
-static inline float sum(v8f v) {
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-}
-static inline float max(v8f v) {
-    float m = v[0];
-    for (int i = 1; i < 8; i++) m = v[i] > m ? v[i] : m;
-    return m;
+// fn(integral_constant<N>) for N = min(count, Largest), count >= 1.
+template <int Largest, class F> static inline void with_count(int64_t count, const F &fn) {
+    if constexpr (Largest > 1)
+        if (count < Largest) return with_count<Largest - 1>(count, fn);
+    fn(std::integral_constant<int, Largest>{});
 }
 
-// IEEE half to single, all values. Without F16C: the multiplication renormalises subnormals.
-static inline v8f half_to_float(v8u16 h) {
-#if defined(__F16C__)
-    return (v8f)_mm256_cvtph_ps((__m128i)h);
-#else
-    v8u u = __builtin_convertvector(h, v8u);
-    v8u sign = (u & 0x8000u) << 16;
-    v8u magnitude = (u & 0x7fffu) << 13;
-    v8f scaled = (v8f)magnitude * splat(0x1p112f);
-    v8u special = (v8u)((v8i)(u & 0x7c00u) == 0x7c00);
-    v8u bits = ((v8u)scaled & ~special) | ((magnitude | 0x7f800000u) & special);
-    return (v8f)(bits | sign);
-#endif
+// exp for x <= 0, relative error below 2e-7: 2^n · e^r with |r| <= ln2/2 and a degree-6 polynomial (Cephes expf).
+static inline vf exp_nonpositive(vf x) {
+    const vf lowest = splat(-87.0f);
+    const vf clamped = max(x, lowest);
+    const vf n = round_even(mul(clamped, splat(1.44269504f)));
+    const vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), clamped));
+    vf p = splat(1.9875691500e-4f);
+    p = fma(p, r, splat(1.3981999507e-3f));
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(5.0000001201e-1f));
+    p = add(fma(mul(p, r), r, r), splat(1.0f));
+    return select_less(x, lowest, zero(), mul(p, power_of_two(n)));
 }
+static inline vf sigmoid(vf x) {
+    const vf e = exp_nonpositive(negative_magnitude(x));
+    const vf positive = div(splat(1.0f), add(splat(1.0f), e));
+    return select_less(x, zero(), mul(e, positive), positive);
+}
+static inline vf silu(vf x) { return mul(x, sigmoid(x)); }
+static inline vf gelu_tanh(vf x) {  // x * sigmoid(2y) = x/2 * (1 + tanh(y)), y = sqrt(2/pi) (x + 0.044715 x³)
+    return mul(x, sigmoid(mul(splat(1.5957691216f), fma(mul(mul(splat(0.044715f), x), x), x, x))));
+}
+
 static inline float half_to_float(uint16_t h) {
-#if defined(__F16C__)
-    return _cvtsh_ss(h);
-#else
-    v8u16 v = {h};
-    return half_to_float(v)[0];
-#endif
+    alignas(64) uint16_t halves[kLanes] = {h};
+    return first(load(halves));
+}
+static inline float first_float(const float *p) { return *p; }
+static inline float first_float(const uint16_t *p) { return half_to_float(*p); }
+static inline float bfloat_to_float(uint16_t h) {
+    uint32_t u = (uint32_t)h << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
 }
 static inline uint16_t float_to_half(float x) {  // round to nearest even
     uint32_t u;
@@ -91,22 +91,4 @@ static inline uint16_t float_to_half(float x) {  // round to nearest even
     }
     u += 0xfffu + ((u >> 13) & 1u);
     return sign | (uint16_t)((u - 0x38000000u) >> 13);
-}
-
-// exp for x <= 0, relative error below 2e-7: 2^n · e^r with |r| <= ln2/2 and a degree-6 polynomial (Cephes expf).
-static inline v8f exp_nonpositive(v8f x) {
-    v8f clamped = x < splat(-87.0f) ? splat(-87.0f) : x;
-    v8f n = clamped * splat(1.44269504f);
-    v8i k = __builtin_convertvector(n - splat(0.5f), v8i);  // n <= 0: truncation rounds to nearest
-    v8f kf = __builtin_convertvector(k, v8f);
-    v8f r = clamped - kf * splat(0.693359375f) + kf * splat(2.12194440e-4f);
-    v8f p = splat(1.9875691500e-4f);
-    p = p * r + splat(1.3981999507e-3f);
-    p = p * r + splat(8.3334519073e-3f);
-    p = p * r + splat(4.1665795894e-2f);
-    p = p * r + splat(1.6666665459e-1f);
-    p = p * r + splat(5.0000001201e-1f);
-    p = p * r * r + r + splat(1.0f);
-    v8f result = p * (v8f)((k + 127) << 23);
-    return x < splat(-87.0f) ? splat(0.0f) : result;
 }

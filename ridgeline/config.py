@@ -132,7 +132,7 @@ class CacheConfig:
     block_size: int | None = None
     """Tokens per block, a multiple of 32; None: 32 when paged."""
     kv_cache_dtype: KVCacheDType | None = None
-    """Element type of the pages; None: that of the arithmetic (native: float32 or float16)."""
+    """Element type of the pages; None: float16 on native, that of the arithmetic on torch."""
     kv_cache_memory_bytes: int | None = None
     """Size of the cache in bytes; None: from the memory that is free."""
     kv_cache_tokens: int | None = None
@@ -166,12 +166,16 @@ class EngineConfig:
     """native: C++ kernels, one call per step; eager: torch; compiled: torch.compile."""
     device: Device | None = None
     dtype: DType | None = None
-    """Arithmetic and weight storage of the torch executors."""
+    """torch: arithmetic and weight storage. native: storage of the matrices (arithmetic is float32, or integer
+    for quantized ones); None: as in the file."""
     attention: AttentionImpl | None = None
-    """How torch computes attention: naive (all scores), flash (tiles, online softmax), sdpa."""
+    """naive: all scores in memory; flash: tiles and online softmax; sdpa: torch's own kernel (not native)."""
     max_model_len: int | None = None
     """Longest prompt plus output; None: what the model was trained for."""
     num_threads: int | None = None
+    fusion: str | None = None
+    """Fusion rules of native, by name with commas between, or "none"; None: all. `ridgeline kernels explain`
+    lists them."""
     seed: int = 0
     """Seed of requests that bring none."""
     load: LoadConfig = field(default_factory=LoadConfig)
@@ -212,7 +216,9 @@ class EngineConfig:
         _check(self)
         executor = self._resolve_executor(unavailable)
         device: Device = self.device or "cpu"
-        dtype: DType = self.dtype or ("bfloat16" if device == "cuda" else "float32")
+        dtype = self.dtype
+        if dtype is None and executor != "native":
+            dtype = "bfloat16" if device == "cuda" else "float32"
         max_model_len = self.max_model_len or _default_max_model_len(model, self.load)
         if (
             max_model_len > model.max_position
@@ -224,7 +230,11 @@ class EngineConfig:
                 max_model_len,
                 model.max_position,
             )
-        cache = self._resolve_cache(max_model_len, dtype)
+        if self.fusion is not None and executor != "native":
+            raise ConfigError(
+                f"fusion={self.fusion!r} is a setting of executor='native'; this is {executor!r}"
+            )
+        cache = self._resolve_cache(max_model_len, "float16" if executor == "native" else dtype or "float32")
         resolved = replace(
             self,
             executor=executor,
@@ -241,20 +251,15 @@ class EngineConfig:
 
     def _resolve_executor(self, unavailable: Mapping[Executor, str]) -> Executor:
         """native where it can serve these settings, else eager; a named executor is never replaced."""
-        refused = {
-            "device": self.device not in (None, "cpu") and self.device,
-            "dtype": self.dtype not in (None, "float32") and self.dtype,
-            "attention": self.attention not in (None, "flash") and self.attention,
-            "kv_cache_dtype": self.cache.kv_cache_dtype not in (None, "float32", "float16")
-            and self.cache.kv_cache_dtype,
-        }
-        obstacles = [f"{name}={value!r}" for name, value in refused.items() if value]
+        values = _flat(self)
+        obstacles = [
+            f"{name}={values[name]!r} (it takes {', '.join(map(repr, choices))})"
+            for name, choices in _NATIVE_CHOICES.items()
+            if values[name] not in (None, *choices)
+        ]
         reasons = dict(unavailable)
         if obstacles and "native" not in reasons:
-            reasons["native"] = (
-                f"it cannot honour {', '.join(obstacles)} (it computes in float32 on the CPU with flash "
-                "attention and float32 or float16 pages); use executor='eager' for these"
-            )
+            reasons["native"] = f"it cannot honour {', '.join(obstacles)}; use executor='eager' for these"
         if self.executor is not None:
             if self.executor in reasons:
                 raise ConfigError(f"executor={self.executor!r} cannot be used: {reasons[self.executor]}")
@@ -269,7 +274,7 @@ class EngineConfig:
             + " ".join(f"{name}: {reason}." for name, reason in reasons.items() if name != "compiled")
         )
 
-    def _resolve_cache(self, max_model_len: int, dtype: DType) -> CacheConfig:
+    def _resolve_cache(self, max_model_len: int, dtype: KVCacheDType) -> CacheConfig:
         cache = self.cache
         whole = -(-max_model_len // TILE_TOKENS) * TILE_TOKENS
         if cache.kv_layout == "contiguous":
@@ -339,6 +344,13 @@ _CHOICES: dict[str, Any] = {
     "kv_cache_dtype": KVCacheDType,
     "batching": Batching,
 }
+_NATIVE_CHOICES: dict[str, tuple[str, ...]] = {
+    "device": ("cpu",),
+    "dtype": ("float32", "float16", "bfloat16"),
+    "attention": ("flash", "naive"),
+    "kv_cache_dtype": ("float32", "float16", "int8"),
+}
+"""What the native executor can do."""
 _POSITIVE = (
     "max_model_len",
     "num_threads",

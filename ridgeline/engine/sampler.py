@@ -29,6 +29,8 @@ _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _NUM_BINS = 512
 _NEAR = 8.0
+_FEW, _TIES = 256, 8
+"""Up to this top_k, candidates come from a heap; so many more are fetched to see ties with the k-th."""
 
 
 class SamplingInput(Protocol):
@@ -63,21 +65,82 @@ class LogitRow(Protocol):
     def sampling(self) -> SamplingInput | None: ...
 
 
-def sample_plan(logits: Logits, rows: Sequence[LogitRow]) -> dict[str, Sampled]:
+class Reducer(Protocol):
+    """Reductions over rows of logits in faster code than numpy (`ops.native.NativeProgram`)."""
+
+    def greedy(
+        self, logits: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """Of each row [V]: the first largest token or -1, its logit, and log(sum(exp(logits)))."""
+        ...
+
+    def top_k(
+        self, logits: npt.NDArray[np.float32], count: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Ids and values of the largest of one row, largest first, ties by id."""
+        ...
+
+
+def sample_plan(
+    logits: Logits, rows: Sequence[LogitRow], reducer: Reducer | None = None
+) -> dict[str, Sampled]:
     """What each row of a plan that has logits asks for, by request id.
 
     logits [L, V]: the rows' logits one after the other. A row that does not sample yet (a chunk of a prompt
-    with prompt_logprobs) gives token id -1.
+    with prompt_logprobs) gives token id -1. A reducer takes over what needs no more than its reductions.
     """
     sampled: dict[str, Sampled] = {}
     start = 0
+    if reducer is not None and len(logits):
+        best, largest, log_total = reducer.greedy(logits)
+        assert best.min() >= 0, "the model gave logits that are not finite"
     for row in rows:
         end = start + row.num_logits
         if row.num_logits and row.sampling is not None:
-            sampled[row.request_id] = sample(logits[start:end], row.sampling, samples=row.samples)
+            fast = None
+            if reducer is not None and row.samples:
+                last = end - 1
+                fast = _sample_reduced(
+                    logits[last],
+                    row.sampling,
+                    int(best[last]),
+                    float(largest[last]),
+                    float(log_total[last]),
+                    reducer,
+                )
+            sampled[row.request_id] = fast or sample(logits[start:end], row.sampling, samples=row.samples)
         start = end
     assert start == len(logits), f"{len(logits)} rows of logits, but the plan has {start}"
     return sampled
+
+
+def _sample_reduced(
+    logits: Logits, row: SamplingInput, best: int, largest: float, log_total: float, reducer: Reducer
+) -> Sampled | None:
+    """A token from reductions alone, or None where the whole row [V] is needed.
+
+    That is so with a changed distribution, with logprobs, and when sampling from more than a few candidates.
+    """
+    params = row.params
+    if params.prompt_logprobs is not None or params.logprobs or row.forbidden_token_ids:
+        return None
+    if params.logit_bias or params.needs_history:
+        return None
+    if params.is_greedy:
+        return Sampled(best, largest - log_total, 1, (), ())
+    if not 0 < params.top_k <= _FEW:
+        return None
+    ids, values = reducer.top_k(logits, params.top_k + _TIES)
+    if len(ids) > params.top_k:
+        if values[params.top_k - 1] == values[-1]:
+            return None  # more tokens than were fetched tie with the k-th
+        kept = values >= values[params.top_k - 1]
+        ids, values = ids[kept], values[kept]
+    order = np.argsort(ids)
+    ids, values = ids[order], values[order]
+    at = choose(values, row)
+    rank = 1 + int(np.count_nonzero(values > values[at]))
+    return Sampled(int(ids[at]), float(values[at]) - log_total, rank, (), ())
 
 
 def sample(logits: Logits, row: SamplingInput, *, samples: bool = True) -> Sampled:

@@ -31,3 +31,9 @@ class CacheLayout:
     @property
     def num_slots(self) -> int:
         return self.num_blocks * self.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        """All pages of all layers."""
+        head_bytes = self.head_dim * ELEMENT_BYTES[self.dtype] + (SCALE_BYTES if self.dtype == "int8" else 0)
+        return 2 * self.num_layers * self.num_slots * self.num_kv_heads * head_bytes

@@ -1,16 +1,22 @@
 """Runs a Program in C++ through ctypes, with one call per step: no torch, no per-op dispatch.
 
 The libraries are built from csrc/, one per instruction set; the best one that this processor supports is
-loaded. Weights stay where they are (memory-mapped in the file's own format) where the interpreter reads that
-format; others are dequantized to float32 once. ctypes releases the GIL during the step.
+loaded. Matrices are packed once, in parallel, into the layout that the kernels read (csrc/packed.h), as large
+as the file's; the file's pages are given back as they are read, so there is never a second copy. ctypes releases
+the GIL during the step.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-from collections.abc import Iterator
+import mmap
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,22 +29,30 @@ from ridgeline.ops.program import Instruction, Opcode, Program
 from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.weight import Weight
 
-ISAS = ("avx2", "generic")
+ISAS = ("avx512", "avx2", "generic")
 """Best first."""
-WEIGHT_FORMATS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-"""Formats that csrc/blocks.h unpacks."""
-PAGE_DTYPES: dict[str, tuple[int, npt.DTypeLike]] = {"float32": (0, np.float32), "float16": (1, np.float16)}
+ISA_VARIABLE = "RIDGELINE_ISA"
+"""Environment variable that overrides the choice, for tests and comparisons."""
+WEIGHT_FORMATS = (
+    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+)
+"""Formats that csrc/packed.h reads; others are dequantized to F32."""
+PAGE_DTYPES = {"float32": 0, "float16": 1, "int8": 2}
+ATTENTION_IMPLS = {"flash": 0, "naive": 1}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
+MAX_HEAD_DIM, MAX_Q_PER_KV = 1024, 64
+_PACK_ROWS = 512
 
 
 class _Instruction(ctypes.Structure):
     _fields_ = [
         ("opcode", ctypes.c_int32),
-        ("output", ctypes.c_int32),
-        ("inputs", ctypes.c_int32 * 2),
-        ("weights", ctypes.c_int32 * 2),
-        ("ints", ctypes.c_int32 * 4),
-        ("floats", ctypes.c_float * 2),
+        ("outputs", ctypes.c_int32 * 3),
+        ("inputs", ctypes.c_int32 * 5),
+        ("weights", ctypes.c_int32 * 7),
+        ("ints", ctypes.c_int32 * 6),
+        ("floats", ctypes.c_float * 4),
     ]
 
 
@@ -101,8 +115,26 @@ def _library_files() -> Iterator[tuple[str, Path]]:
                 yield isa, path
 
 
-def load_library(isa: str | None = None) -> tuple[str, ctypes.CDLL]:
-    """The best library that this processor runs, or the one for `isa`, with its name.
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "rl_create": (
+        ctypes.c_void_p,
+        [ctypes.c_void_p, ctypes.c_int32] * 4 + [ctypes.c_void_p, ctypes.c_int32],
+    ),
+    "rl_destroy": (None, [ctypes.c_void_p]),
+    "rl_set_buffers": (None, [ctypes.c_void_p] * 2),
+    "rl_step": (None, [ctypes.c_void_p] * 2),
+    "rl_take_times": (None, [ctypes.c_void_p] * 2),
+    "rl_scratch_bytes": (ctypes.c_int64, [ctypes.c_void_p]),
+    "rl_greedy": (None, [ctypes.c_void_p] * 2 + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 3),
+    "rl_top_k": (ctypes.c_int32, [ctypes.c_void_p] + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 2),
+    "rl_packed_bytes": (ctypes.c_int64, [ctypes.c_int32] * 3),
+    "rl_pack": (None, [ctypes.c_int32, ctypes.c_void_p] + [ctypes.c_int32] * 4 + [ctypes.c_void_p]),
+    "rl_cpu_supports": (ctypes.c_int32, [ctypes.c_char_p]),
+}
+
+
+def usable_isas() -> tuple[str, ...]:
+    """Instruction sets that are built and that this processor has, best first.
 
     Raises ConfigError if there is none, saying what was looked for and how to build it.
     """
@@ -114,51 +146,49 @@ def load_library(isa: str | None = None) -> tuple[str, ctypes.CDLL]:
             "`pip install .` again, or use executor='eager' with the torch extra"
         )
     supports = ctypes.CDLL(str(found["generic"])).rl_cpu_supports
-    usable = [name for name in ISAS if name in found and supports(name.encode())]
-    if isa is not None and isa not in usable:
+    return tuple(name for name in ISAS if name in found and supports(name.encode()))
+
+
+def load_library(isa: str | None = None) -> tuple[str, ctypes.CDLL]:
+    """The best library that this processor runs, or the one for `isa`, with its name.
+
+    None: what the environment variable RIDGELINE_ISA says, else the best. Raises ConfigError.
+    """
+    usable = usable_isas()
+    isa = isa or os.environ.get(ISA_VARIABLE) or usable[0]
+    if isa not in usable:
         raise ConfigError(f"instruction set {isa!r} is not available here; available: {', '.join(usable)}")
-    chosen = isa or usable[0]
-    library = ctypes.CDLL(str(found[chosen]))
-    library.rl_create.restype = ctypes.c_void_p
-    library.rl_create.argtypes = [
-        ctypes.c_void_p,
-        ctypes.c_int32,
-        ctypes.c_void_p,
-        ctypes.c_int32,
-        ctypes.c_void_p,
-        ctypes.c_int32,
-        ctypes.c_void_p,
-        ctypes.c_int32,
-        ctypes.c_void_p,
-        ctypes.c_int32,
-    ]
-    library.rl_destroy.argtypes = [ctypes.c_void_p]
-    library.rl_destroy.restype = None
-    library.rl_set_buffers.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.rl_set_buffers.restype = None
-    library.rl_step.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    library.rl_step.restype = None
-    return chosen, library
+    library = ctypes.CDLL(str(dict(_library_files())[isa]))
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return isa, library
 
 
-def _operands(instruction: Instruction) -> tuple[list[int], list[float]]:
-    """The numbers of an instruction in the order of the comments in csrc/interpreter.cpp."""
+def _numbers(instruction: Instruction, attention: str) -> tuple[list[int], list[float]]:
+    """The ints and floats of an instruction in the order of the comments in csrc/interpreter.cpp."""
     values = dict(instruction.attributes)
 
     def integer(name: str) -> int:
-        value = values[name]
+        value = values.get(name)
         return -1 if value is None else int(value)
 
-    def real(name: str) -> float:
-        value = values[name]
+    def real(name: str, default: float = 0.0) -> float:
+        value = values.get(name, default)
         assert value is not None
         return float(value)
 
     match instruction.opcode:
+        case Opcode.EMBED:
+            return [], [real("factor", 1.0)]
         case Opcode.SCALE:
             return [], [real("factor")]
         case Opcode.RMS_NORM:
             return [], [real("eps"), real("offset")]
+        case Opcode.LINEAR:
+            activation = values.get("activation")
+            kind = -1 if activation is None else ACTIVATIONS[str(activation)]
+            return [len(instruction.matrices), kind], [real("norm_eps"), real("norm_offset")]
         case Opcode.ROPE_COS_SIN:
             return [integer("constant"), integer("max_position")], [real("attention_factor")]
         case Opcode.ROPE:
@@ -167,15 +197,97 @@ def _operands(instruction: Instruction) -> tuple[list[int], list[float]]:
             return [integer("layer")], []
         case Opcode.ATTENTION:
             ints = [integer(name) for name in ("layer", "head_dim", "window", "num_sinks")]
-            return ints, [real("scale")]
+            return [*ints, ATTENTION_IMPLS[attention]], [real("scale"), real("norm_eps"), real("norm_offset")]
         case Opcode.GLU:
             return [ACTIVATIONS[str(values["activation"])]], []
         case _:
             return [], []
 
 
-def _padded(values: tuple[int, ...], length: int) -> tuple[int, ...]:
-    return values + (-1,) * (length - len(values))
+def _padded(values: Sequence[int | None], length: int) -> list[int]:
+    return [-1 if v is None else v for v in values] + [-1] * (length - len(values))
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight as csrc reads it: float32 for a vector, groups of sixteen rows for a matrix."""
+
+    format: int
+    rows: int
+    columns: int
+    data: npt.NDArray[np.generic]
+
+
+class Packer:
+    """Packs the weights of a Program with a few threads, and gives the file's pages back as they are read."""
+
+    def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
+        self._library = library
+        self._num_threads = num_threads
+
+    def pack(self, weights: Sequence[Weight]) -> list[PackedWeight]:
+        """One after the other, the rows of each shared between threads."""
+        with ThreadPoolExecutor(self._num_threads) as pool:
+            return [self._pack(weight, pool.map) for weight in weights]
+
+    def _pack(self, weight: Weight, parallel: Callable[..., Any]) -> PackedWeight:
+        if len(weight.shape) == 1:
+            values = np.ascontiguousarray(weight.dequantize(), np.float32)
+            return PackedWeight(FORMATS["F32"].ggml_type or 0, len(values), 1, values)
+        rows, columns = weight.shape
+        format, data = weight.format, weight.data
+        num_bytes = self._packed_bytes(weight.format.name, rows, columns)
+        if not num_bytes:
+            logger.info("%s: %s has no kernel; held as F32", weight.name, format.name)
+            format, data = FORMATS["F32"], np.ascontiguousarray(weight.dequantize(), np.float32)
+            num_bytes = self._packed_bytes("F32", rows, columns)
+        assert format.ggml_type is not None
+        data = np.ascontiguousarray(data)
+        packed = aligned_bytes(num_bytes)
+
+        def pack(begin: int) -> None:
+            part = data[begin : begin + _PACK_ROWS]
+            self._library.rl_pack(
+                format.ggml_type,
+                data.ctypes.data,
+                begin,
+                begin + _PACK_ROWS,
+                rows,
+                columns,
+                packed.ctypes.data,
+            )
+            _give_back(part)
+
+        list(parallel(pack, range(0, rows, _PACK_ROWS)))
+        return PackedWeight(format.ggml_type, rows, columns, packed)
+
+    def _packed_bytes(self, format: str, rows: int, columns: int) -> int:
+        if format not in WEIGHT_FORMATS:
+            return 0
+        return int(self._library.rl_packed_bytes(FORMATS[format].ggml_type, rows, columns))
+
+
+def aligned_bytes(num_bytes: int) -> npt.NDArray[np.uint8]:
+    """Uninitialised memory that starts at a cache line."""
+    memory = np.empty(num_bytes + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + num_bytes]
+
+
+def _give_back(part: npt.NDArray[np.generic]) -> None:
+    """Let the system drop the pages of a mapped file that lie inside `part`; they can be read again."""
+    base: Any = part
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, memoryview):
+        base = base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = part.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (start + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > begin:
+        base.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 class NativeProgram:
@@ -189,41 +301,39 @@ class NativeProgram:
         max_tokens: int,
         max_logits: int,
         num_threads: int,
+        attention: str = "flash",
         isa: str | None = None,
     ) -> None:
-        """Buffers for at most max_tokens rows per step, and max_logits logit rows, which grow on demand."""
+        """Buffers for at most max_tokens rows per step, and max_logits logit rows, which grow on demand.
+
+        Raises ConfigError for an attention shape that the kernels do not take.
+        """
         self.isa, self._library = load_library(isa)
-        self._program = program
         self._plan = program.plan_buffers()
         self._max_tokens = max_tokens
-        self._weights = [_as_native(weight) for weight in program.weights]
+        _check_attention(program, layout)
+        self._weights = Packer(self._library, num_threads).pack(program.weights)
+        self.program = replace(program, weights=tuple(w.without_data() for w in program.weights))
         self._constants = [constant.astype(np.float32) for constant in program.constants]
-        dtype_code, dtype = PAGE_DTYPES[layout.dtype]
-        page_elements = layout.num_slots * layout.num_kv_heads * layout.head_dim
-        self.pages = np.empty((layout.num_layers, 2 * page_elements), dtype)
+        self.pages = aligned_bytes(layout.num_bytes)
 
         instructions = (_Instruction * len(program.instructions))()
         for slot, instruction in zip(instructions, program.instructions, strict=True):
-            ints, floats = _operands(instruction)
+            ints, floats = _numbers(instruction, attention)
             slot.opcode = int(instruction.opcode)
-            slot.output = -1 if instruction.output is None else instruction.output
-            slot.inputs[:] = _padded(instruction.inputs, 2)
-            slot.weights[:] = _padded(instruction.weights, 2)
+            slot.outputs[:] = _padded(instruction.outputs, 3)
+            slot.inputs[:] = _padded(instruction.inputs, 5)
+            slot.weights[:] = _padded(instruction.weights, 7)
             slot.ints[: len(ints)] = ints
             slot.floats[: len(floats)] = floats
         buffers = self._allocate_buffers(max_logits)
         weights = (_Weight * len(self._weights))(
-            *(
-                _Weight(
-                    w.data.ctypes.data, w.format.ggml_type, w.shape[0], w.shape[1] if len(w.shape) > 1 else 1
-                )
-                for w in self._weights
-            )
+            *(_Weight(w.data.ctypes.data, w.format, w.rows, w.columns) for w in self._weights)
         )
         constants = (ctypes.c_void_p * len(self._constants))(*(c.ctypes.data for c in self._constants))
         cache = _Cache(
             self.pages.ctypes.data,
-            dtype_code,
+            PAGE_DTYPES[layout.dtype],
             layout.num_layers,
             layout.num_blocks,
             layout.block_size,
@@ -249,13 +359,18 @@ class NativeProgram:
         self._max_logits = max_logits
         max_rows = {"T": self._max_tokens, "L": max_logits}
         self._arenas = [
-            np.empty((max_rows[rows], columns), np.float32) for rows, columns in self._plan.arenas
+            aligned_bytes(4 * max_rows[rows] * columns).view(np.float32)
+            for rows, columns in self._plan.arenas
         ]
         place = self._plan.place
-        return (_Buffer * len(self._program.buffers))(
+        return (_Buffer * len(self.program.buffers))(
             *(
-                _Buffer(self._arenas[place[b.index]].ctypes.data, int(b.rows == "L"), b.columns)
-                for b in self._program.buffers
+                _Buffer(
+                    self._arenas[place[b.index]].ctypes.data if place[b.index] >= 0 else None,
+                    int(b.rows == "L"),
+                    b.columns,
+                )
+                for b in self.program.buffers
             )
         )
 
@@ -265,30 +380,74 @@ class NativeProgram:
         assert num_tokens <= self._max_tokens
         if num_logits > self._max_logits:  # logits of a whole prompt were asked for
             self._library.rl_set_buffers(self._handle, self._allocate_buffers(num_logits))
-        arrays = (
-            batch.token_ids,
-            batch.positions,
-            batch.slot_mapping,
-            batch.query_start_loc,
-            batch.seq_lens,
-            batch.block_tables,
-            batch.logit_rows,
-        )
+        arrays = [
+            np.ascontiguousarray(a, np.int32)
+            for a in (
+                batch.token_ids,
+                batch.positions,
+                batch.slot_mapping,
+                batch.query_start_loc,
+                batch.seq_lens,
+                batch.block_tables,
+                batch.logit_rows,
+            )
+        ]
         call = _Batch(
-            *(np.ascontiguousarray(a, np.int32).ctypes.data for a in arrays),
+            *(a.ctypes.data for a in arrays),
             num_tokens,
             len(batch.seq_lens),
             batch.block_tables.shape[1],
             num_logits,
         )
         self._library.rl_step(self._handle, ctypes.byref(call))
-        return self.read_buffer(self._program.output, num_logits)
+        return self.read_buffer(self.program.output, num_logits)
 
     def read_buffer(self, index: int, num_rows: int) -> npt.NDArray[np.float32]:
         """The first rows of a buffer as the last step left it; only the output is sure not to be reused."""
-        columns = self._program.buffers[index].columns
-        arena = self._arenas[self._plan.place[index]].reshape(-1)
-        return arena[: num_rows * columns].reshape(num_rows, columns)
+        columns = self.program.buffers[index].columns
+        return self._arenas[self._plan.place[index]][: num_rows * columns].reshape(num_rows, columns)
+
+    def greedy(
+        self, logits: npt.NDArray[np.float32]
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+        """For each row of logits [L, V]: the first largest token, its logit, and log(sum(exp(logits))).
+
+        The token is -1 where the logits have no finite largest one, or NaN anywhere.
+        """
+        rows, columns = logits.shape
+        best, largest, total = (
+            np.empty(rows, np.int32),
+            np.empty(rows, np.float32),
+            np.empty(rows, np.float64),
+        )
+        outs = (best.ctypes.data, largest.ctypes.data, total.ctypes.data)
+        self._library.rl_greedy(self._handle, logits.ctypes.data, rows, columns, *outs)
+        return best, largest, total
+
+    def top_k(
+        self, logits: npt.NDArray[np.float32], count: int
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Ids and values of the `count` largest of one row [V], largest first, ties by id."""
+        ids, values = np.empty(count, np.int32), np.empty(count, np.float32)
+        found = self._library.rl_top_k(
+            logits.ctypes.data, len(logits), count, ids.ctypes.data, values.ctypes.data
+        )
+        return ids[:found], values[:found]
+
+    def take_times(self) -> npt.NDArray[np.float64]:
+        """Seconds of each instruction since the last call; the first call starts the clocks."""
+        seconds = np.empty(len(self.program.instructions), np.float64)
+        self._library.rl_take_times(self._handle, seconds.ctypes.data)
+        return seconds
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What the kernels allocated themselves and keep."""
+        return int(self._library.rl_scratch_bytes(self._handle))
+
+    @property
+    def packed_bytes(self) -> int:
+        return sum(weight.data.nbytes for weight in self._weights)
 
     def close(self) -> None:
         """Stop the threads. Idempotent."""
@@ -299,12 +458,13 @@ class NativeProgram:
     __del__ = close
 
 
-def _as_native(weight: Weight) -> Weight:
-    """The weight in a form that csrc reads: vectors as float32, unknown formats dequantized."""
-    if weight.format.name == "F32" or (len(weight.shape) > 1 and weight.format.name in WEIGHT_FORMATS):
-        data = np.ascontiguousarray(weight.data)
-        return Weight(weight.name, weight.format, weight.shape, {"data": data})
-    if len(weight.shape) > 1:
-        logger.info("%s: %s has no native kernel yet; held as F32", weight.name, weight.format.name)
-    values = np.ascontiguousarray(weight.dequantize(), np.float32)
-    return Weight(weight.name, FORMATS["F32"], weight.shape, {"data": values})
+def _check_attention(program: Program, layout: CacheLayout) -> None:
+    for instruction in program.instructions:
+        if instruction.opcode is Opcode.ATTENTION:
+            heads = program.buffers[instruction.outputs[0]].columns // layout.head_dim
+            per_kv = heads // layout.num_kv_heads
+            if layout.head_dim > MAX_HEAD_DIM or per_kv > MAX_Q_PER_KV:
+                raise ConfigError(
+                    f"executor 'native' takes head_dim up to {MAX_HEAD_DIM} and up to {MAX_Q_PER_KV} query "
+                    f"heads per KV head; this model has {layout.head_dim} and {per_kv}. Use executor='eager'"
+                )

@@ -23,7 +23,7 @@ Rows = Literal["T", "L"]
 
 
 class Opcode(IntEnum):
-    """The ops of `Ops`; csrc/program.h has the same numbers (a test compares them)."""
+    """The ops of `Ops`; csrc/ridgeline.h has the same numbers (a test compares them)."""
 
     EMBED = 0
     SCALE = 1
@@ -50,18 +50,52 @@ class Buffer:
         return f"%{self.index}[{self.rows}, {self.columns}]"
 
 
+ROLES: dict[Opcode, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    Opcode.EMBED: ((), ("table",)),
+    Opcode.SCALE: (("x",), ()),
+    Opcode.RMS_NORM: (("x", "residual"), ("weight",)),
+    Opcode.LINEAR: (("x", "residual"), ("weight", "weight", "weight", "bias", "bias", "bias", "norm")),
+    Opcode.ROPE_COS_SIN: ((), ()),
+    Opcode.ROPE: (("x", "cos_sin"), ()),
+    Opcode.STORE_KV: (("k", "v"), ()),
+    Opcode.ATTENTION: (("q", "q_sinks", "k", "v", "cos_sin"), ("q_norm", "k_norm")),
+    Opcode.GLU: (("x", "x"), ()),
+    Opcode.ADD: (("x", "x"), ()),
+    Opcode.GATHER_ROWS: (("x",), ()),
+}
+"""What the inputs and weights of an instruction are, by place; csrc/interpreter.cpp says the same.
+
+`residual` is added to the output. A LINEAR has up to three matrices on one input, each with an output and
+perhaps a bias; `norm` is an RMSNorm of x. An ATTENTION with k, v and cos_sin norms, rotates and stores first,
+and its q_sinks is then the cos_sin of the sinks. The recorder uses none of this: `fuse` does.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One op. `attributes` are its plain numbers, in the order in which csrc reads them."""
+    """One op: buffers and weights by the places of `ROLES`, None for an absent one, and its plain numbers."""
 
     opcode: Opcode
-    output: int | None
-    inputs: tuple[int, ...]
-    weights: tuple[int, ...] = ()
+    outputs: tuple[int, ...]
+    inputs: tuple[int | None, ...]
+    weights: tuple[int | None, ...] = ()
     attributes: tuple[tuple[str, float | int | str | None], ...] = ()
 
     def attribute(self, name: str) -> float | int | str | None:
         return dict(self.attributes)[name]
+
+    @property
+    def read_buffers(self) -> tuple[int, ...]:
+        return tuple(i for i in self.inputs if i is not None)
+
+    @property
+    def read_weights(self) -> tuple[int, ...]:
+        return tuple(w for w in self.weights if w is not None)
+
+    @property
+    def matrices(self) -> tuple[int, ...]:
+        """Weights that are matrices of a LINEAR."""
+        return tuple(w for w in self.weights[:3] if w is not None) if self.opcode is Opcode.LINEAR else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +144,24 @@ class Program:
         """One line an instruction, then the totals: for people, documentation and golden tests."""
         lines = []
         for number, instruction in enumerate(self.instructions):
-            out = "" if instruction.output is None else f"{self.buffers[instruction.output]} = "
-            operands = [f"%{i}" for i in instruction.inputs]
-            operands += [f"{self.weights[w].name}:{self.weights[w].format.name}" for w in instruction.weights]
+            out = ", ".join(str(self.buffers[i]) for i in instruction.outputs)
+            input_roles, weight_roles = ROLES[instruction.opcode]
+            named = [
+                (role, f"%{i}")
+                for role, i in zip(input_roles, instruction.inputs, strict=False)
+                if i is not None
+            ]
+            for role, w in zip(weight_roles, instruction.weights, strict=False):
+                if w is not None:
+                    named.append((role, f"{self.weights[w].name}:{self.weights[w].format.name}"))
+            operands = [
+                text if role in ("x", "weight", "table") else f"{role}={text}" for role, text in named
+            ]
             operands += [
                 f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in instruction.attributes
             ]
-            lines.append(f"{number:4d}  {out}{instruction.opcode.name.lower()}({', '.join(operands)})")
+            arrow = f"{out} = " if out else ""
+            lines.append(f"{number:4d}  {arrow}{instruction.opcode.name.lower()}({', '.join(operands)})")
         lines.append(
             f"{len(self.instructions)} instructions, {len(self.buffers)} buffers, "
             f"{len(self.weights)} weights, {self.weight_bytes():,} weight bytes"
@@ -139,12 +184,12 @@ class Program:
 
     def instruction_flops(self, instruction: Instruction, shape: StepShape) -> int:
         if instruction.opcode is Opcode.LINEAR:
-            num_out, num_in = self.weights[instruction.weights[0]].shape
-            return 2 * self.num_rows(instruction.inputs[0], shape) * num_out * num_in
+            num_elements = sum(self.weights[w].num_elements for w in instruction.matrices)
+            return 2 * self.num_rows(instruction.read_buffers[0], shape) * num_elements
         if instruction.opcode is Opcode.ATTENTION:
             window, num_sinks = instruction.attribute("window"), instruction.attribute("num_sinks")
             assert (window is None or isinstance(window, int)) and isinstance(num_sinks, int)
-            return 4 * self.buffers[instruction.inputs[0]].columns * shape.num_visible(window, num_sinks)
+            return 4 * self.buffers[instruction.outputs[0]].columns * shape.num_visible(window, num_sinks)
         return 0
 
     def activation_bytes(self, *, max_tokens: int, max_logits: int) -> int:
@@ -156,15 +201,17 @@ class Program:
     def plan_buffers(self) -> BufferPlan:
         """Give buffers whose lifetimes do not overlap the same memory: first fit over the program order."""
         last_use = {
-            i: number for number, instruction in enumerate(self.instructions) for i in instruction.inputs
+            i: number
+            for number, instruction in enumerate(self.instructions)
+            for i in instruction.read_buffers
         }
         last_use[self.output] = len(self.instructions)
         arenas: list[tuple[Rows, int]] = []
         free: list[int] = []
         place: dict[int, int] = {}
         for number, instruction in enumerate(self.instructions):
-            if instruction.output is not None:
-                buffer = self.buffers[instruction.output]
+            for output in instruction.outputs:
+                buffer = self.buffers[output]
                 fitting = [a for a in free if arenas[a][0] == buffer.rows]
                 if fitting:
                     # The smallest that is large enough, else the largest, which then grows.
@@ -179,16 +226,16 @@ class Program:
                 else:
                     chosen = len(arenas)
                     arenas.append((buffer.rows, buffer.columns))
-                place[instruction.output] = chosen
-            for i in set(instruction.inputs):
-                if last_use[i] == number:
+                place[output] = chosen
+            for i in {*instruction.read_buffers, *instruction.outputs}:
+                if last_use.get(i, number) == number:
                     free.append(place[i])
-        return BufferPlan(tuple(arenas), tuple(place[b.index] for b in self.buffers))
+        return BufferPlan(tuple(arenas), tuple(place.get(b.index, -1) for b in self.buffers))
 
 
 @dataclass(frozen=True, slots=True)
 class BufferPlan:
-    """`arenas`: (rows, columns) of each piece of memory; `place[i]`: the arena of buffer i."""
+    """`arenas`: (rows, columns) of each piece of memory; `place[i]`: the arena of buffer i, -1 if unused."""
 
     arenas: tuple[tuple[Rows, int], ...]
     place: Sequence[int]

@@ -36,7 +36,7 @@ class Recorder:
         self,
         opcode: Opcode,
         inputs: tuple[Buffer, ...],
-        weights: tuple[int, ...] = (),
+        weights: tuple[int | None, ...] = (),
         *,
         rows: Rows = "T",
         columns: int,
@@ -52,13 +52,13 @@ class Recorder:
         opcode: Opcode,
         output: Buffer | None,
         inputs: tuple[Buffer, ...],
-        weights: tuple[int, ...],
+        weights: tuple[int | None, ...],
         attributes: dict[str, float | int | str | None],
     ) -> None:
         self._instructions.append(
             Instruction(
                 opcode,
-                None if output is None else output.index,
+                () if output is None else (output.index,),
                 tuple(b.index for b in inputs),
                 weights,
                 tuple(attributes.items()),
@@ -90,7 +90,7 @@ class Recorder:
     def linear(self, x: Buffer, weight: int, bias: int | None = None) -> Buffer:
         num_out, num_in = self._shape(weight)
         assert x.columns == num_in, (x, num_in)
-        weights = (weight,) if bias is None else (weight, bias)
+        weights = (weight,) if bias is None else (weight, None, None, bias)
         return self._emit(Opcode.LINEAR, (x,), weights, rows=x.rows, columns=num_out)
 
     def rope_cos_sin(

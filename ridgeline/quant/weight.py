@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ridgeline.quant.formats import Array, QuantFormat
-from ridgeline.quant.gguf_blocks import dequantize
+from ridgeline.quant.gguf_blocks import dequantize, quantize
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +30,7 @@ class Weight:
 
     @property
     def num_bytes(self) -> int:
-        return sum(b.nbytes for b in self.buffers.values())
+        return self.format.num_bytes(self.shape)
 
     @property
     def num_elements(self) -> int:
@@ -39,3 +39,13 @@ class Weight:
     def dequantize(self) -> npt.NDArray[np.float32]:
         """The values as float32 of `shape` (F64 as float64)."""
         return dequantize(self.data, self.format, self.shape)
+
+    def converted(self, format: QuantFormat) -> Weight:
+        """The same values in another format that `gguf_blocks.quantize` writes."""
+        if format is self.format:
+            return self
+        return Weight(self.name, format, self.shape, {"data": quantize(self.dequantize(), format)})
+
+    def without_data(self) -> Weight:
+        """Only the description: for who has packed the values elsewhere."""
+        return Weight(self.name, self.format, self.shape, {})

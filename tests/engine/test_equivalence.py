@@ -108,7 +108,7 @@ def test_every_way_gives_the_tokens_of_a_request_alone(case, way):
     np.testing.assert_allclose([lp for _, lp in together], [lp for _, lp in expected], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("way", [w for w in WAYS if "attention" not in WAYS[w] and w != "no cache"])
+@pytest.mark.parametrize("way", [w for w in WAYS if "attention" not in WAYS[w]])
 def test_native_gives_the_same_bits_every_way(case, way):
     model, requests, _ = case
     native = {"executor": "native", "dtype": None, "attention": None}
@@ -117,7 +117,8 @@ def test_native_gives_the_same_bits_every_way(case, way):
 
 def test_native_and_eager_agree_in_float32(case):
     model, requests, expected = case
-    native = run(engine(model, executor="native", dtype=None, attention=None), requests)
+    exact = {"dtype": None, "attention": None, "kv_cache_dtype": "float32"}
+    native = run(engine(model, executor="native", **exact), requests)
     same = sum(a == b for (a, _), (b, _) in zip(native, expected, strict=True))
     assert same >= len(requests) - 1, "more than one request differs: not a matter of rounding"
 

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from ridgeline.errors import ConfigError
+from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.models.decoder import record_decoder
+from ridgeline.ops.batch import ForwardBatch
+from ridgeline.ops.fuse import RULES, fuse
+from ridgeline.ops.native import NativeProgram
 from ridgeline.ops.program import Opcode, StepShape
 from tests.tiny import ARCHITECTURES, tiny_config, tiny_model
+
+
+class Row(NamedTuple):
+    token_ids: tuple[int, ...]
+    start: int
+    block_ids: tuple[int, ...]
+    num_logits: int
+    num_padding: int
 
 
 def record(name):
@@ -81,22 +95,25 @@ def test_flops_equal_torch_s_counter():
     assert counter.get_total_flops() == program.flops(StepShape.decode(3, 41))
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_buffers_that_live_at_the_same_time_share_no_memory(name):
+def test_buffers_that_live_at_the_same_time_share_no_memory(name, fused):
     _, program = record(name)
+    program = fuse(program) if fused else program
     plan = program.plan_buffers()
-    last_use = {i: n for n, instruction in enumerate(program.instructions) for i in instruction.inputs}
+    last_use = {i: n for n, instruction in enumerate(program.instructions) for i in instruction.read_buffers}
     last_use[program.output] = len(program.instructions)
-    born = {instruction.output: n for n, instruction in enumerate(program.instructions)}
-    for a in program.buffers:
+    born = {o: n for n, instruction in enumerate(program.instructions) for o in instruction.outputs}
+    used = [b for b in program.buffers if b.index in born]
+    for a in used:
         arena_rows, arena_columns = plan.arenas[plan.place[a.index]]
         assert arena_rows == a.rows and arena_columns >= a.columns
-        for b in program.buffers:
+        for b in used:
             overlap = born[a.index] <= last_use[b.index] and born[b.index] <= last_use[a.index]
             if a.index < b.index and overlap:
                 assert plan.place[a.index] != plan.place[b.index], (a, b)
     assert program.activation_bytes(max_tokens=10, max_logits=2) < sum(
-        4 * b.columns * (10 if b.rows == "T" else 2) for b in program.buffers
+        4 * b.columns * (10 if b.rows == "T" else 2) for b in used
     )
 
 
@@ -106,3 +123,64 @@ def test_a_feature_is_an_instruction_and_nothing_else():
     assert Opcode.SCALE in count["gemma3"] and Opcode.SCALE not in count["llama"]
     assert count["gemma3"].count(Opcode.RMS_NORM) == tiny_config("gemma3").num_layers * 6 + 1
     assert count["sinks"].count(Opcode.ROPE) == tiny_config("sinks").num_layers * 3
+
+
+def test_every_fusion_rule_can_be_left_out_and_is_needed():
+    """Each rule alone shortens some Program; all of them leave about five instructions a layer."""
+    programs = {name: record(name)[1] for name in ARCHITECTURES}
+    for rule in RULES:
+        rest = [other for other in RULES if other != rule]
+        assert any(len(fuse(p, rest).instructions) > len(fuse(p).instructions) for p in programs.values()), (
+            rule
+        )
+    assert fuse(programs["llama"], []) == programs["llama"]
+    layers = tiny_config("llama").num_layers
+    assert len(fuse(programs["llama"]).instructions) == 5 * layers + 4  # embed, angles, gather, head
+    with pytest.raises(ConfigError, match="unknown fusion rules.*known: scaled_embedding"):
+        fuse(programs["llama"], ["nonsense"])
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fusion_changes_no_bit(name):
+    """Logits of a prefill and of a ragged step, with all rules, with none, and with each left out."""
+    config, program = record(name)
+    layout = CacheLayout(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype="float16",
+        block_size=32,
+        num_blocks=8,
+    )
+    rng = np.random.default_rng(0)
+    steps = [[(0, 50, (3, 1)), (0, 7, (0,))], [(50, 1, (3, 1)), (7, 2, (0,))]]
+
+    def logits(rules):
+        native = NativeProgram(fuse(program, rules), layout, max_tokens=64, max_logits=4, num_threads=2)
+        found = []
+        for rows in steps:
+            tokens = [tuple(int(i) for i in rng.integers(0, config.vocab_size, new)) for _, new, _ in rows]
+            batch = ForwardBatch.from_rows(
+                [Row(t, start, blocks, 1, 0) for t, (start, _, blocks) in zip(tokens, rows, strict=True)],
+                block_size=32,
+            )
+            found.append(native.step(batch).copy())
+        native.close()
+        return np.concatenate(found)
+
+    expected = None
+    for rules in (None, [], *([r for r in RULES if r != left_out] for left_out in RULES)):
+        rng = np.random.default_rng(0)
+        found = logits(rules)
+        expected = found if expected is None else expected
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fusion_changes_neither_flops_nor_weights(name):
+    _, program = record(name)
+    fused, shape = fuse(program), StepShape(((3, 9), (1, 40)), 2)
+    assert fused.flops(shape) == program.flops(shape)
+    assert fused.weight_bytes() == program.weight_bytes()
+    used = {w for instruction in fused.instructions for w in instruction.read_weights}
+    assert used == {w for instruction in program.instructions for w in instruction.read_weights}

@@ -114,6 +114,8 @@ def their_logits(model, token_ids) -> np.ndarray:
 def our_logits(path, token_ids, cuts, **options) -> np.ndarray:
     """Logits of every token, computed through the cache in the given pieces, over shuffled blocks."""
     options = {"max_model_len": 256, "max_num_seqs": 1} | options
+    if options.get("executor") == "native":  # float32 throughout: no rounding of activations or pages
+        options = {"dtype": "float32", "kv_cache_dtype": "float32"} | options
     config = EngineConfig.from_options("m", **options)
     engine = LLMEngine(config, load_model(path, config.load), None)
     blocks = tuple(int(i) for i in np.random.default_rng(0).permutation(-(-len(token_ids) // 32)))

@@ -10,7 +10,7 @@ import torch
 
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.ops.batch import ForwardBatch
-from ridgeline.ops.native import NativeProgram
+from ridgeline.ops.native import ISAS, NativeProgram
 from ridgeline.ops.recorder import Recorder
 from ridgeline.ops.torch_ops import TorchBatch, TorchOps
 from ridgeline.quant.formats import FORMATS
@@ -53,6 +53,8 @@ CASES = [
     Case(((0, 120), (64, 1)), window=33, num_sinks=33),
     Case(((0, 5), (10, 1)), num_padding=3),
     Case(((0, 300),)),
+    Case(((700, 1),), num_heads=9, num_kv_heads=3),
+    Case(((600, 2), (20, 1)), window=300),
 ]
 
 
@@ -169,7 +171,15 @@ def test_int8_pages_err_by_a_fraction_of_a_step():
         assert 0 < np.abs(out - expected).max() < 0.1
 
 
-def native_attention(case: Case, kv_dtype: str, isa: str, num_threads: int, num_copies: int = 1):
+def poison(pages: np.ndarray, kv_dtype: str) -> None:
+    """NaN in every slot: one that is read without having been written shows."""
+    if kv_dtype == "int8":
+        pages.view(np.float32).fill(np.nan)
+    else:
+        pages.view(kv_dtype).fill(np.nan)
+
+
+def native_attention(case: Case, kv_dtype: str, isa: str | None, num_threads: int, impl: str = "flash"):
     """The attention instruction alone, replayed in C++; inputs come from embedding tables of one-hot lookups."""
     rows, kv, q, q_sinks, num_blocks = make(case)
     old, old_kv, new, new_kv = batches(rows, kv, case.block_size)
@@ -223,34 +233,51 @@ def native_attention(case: Case, kv_dtype: str, isa: str, num_threads: int, num_
         max_tokens=most,
         max_logits=1,
         num_threads=num_threads,
+        attention=impl,
         isa=isa,
     )
-    native.pages.fill(np.nan)
+    poison(native.pages, kv_dtype)
     for batch in batches_out:
         out = native.step(batch).copy()
     native.close()
     return out, oracle(case, rows, kv, q, q_sinks)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("impl", ["flash", "naive"])
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_native_errs_at_most_as_much_as_torch_in_float32(case, isa, available_isas):
+def test_native_errs_at_most_as_much_as_torch_in_float32(case, isa, impl, available_isas):
     if isa not in available_isas:
         pytest.skip(f"this machine does not run {isa}")
-    out, expected = native_attention(case, "float32", isa, 2)
+    out, expected = native_attention(case, "float32", isa, 2, impl)
     reference, _ = torch_attention(case, "float32", "naive")
     ulp = np.finfo(np.float32).eps * np.abs(expected).max()
     assert np.abs(out - expected).max() <= 2 * np.abs(reference - expected).max() + 4 * ulp
 
 
-def test_native_half_pages_round_the_cache_only():
+@pytest.mark.parametrize("impl", ["flash", "naive"])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("kv_dtype", "error"), [("float16", 4e-3), ("int8", 0.1)])
+def test_native_pages_round_the_cache_only(kv_dtype, error, isa, impl, available_isas):
+    if isa not in available_isas:
+        pytest.skip(f"this machine does not run {isa}")
     for case in CASES:
-        out, expected = native_attention(case, "float16", "generic", 1)
-        assert np.abs(out - expected).max() < 4e-3
+        out, expected = native_attention(case, kv_dtype, isa, 2, impl)
+        assert 0 < np.abs(out - expected).max() < error
 
 
-def test_native_bits_do_not_depend_on_threads():
+@pytest.mark.parametrize("impl", ["flash", "naive"])
+def test_native_int8_pages_hold_what_torch_pages_hold(impl):
     for case in CASES:
-        one, _ = native_attention(case, "float32", "generic", 1)
-        two, _ = native_attention(case, "float32", "generic", 2)
+        out, _ = native_attention(case, "int8", None, 2, impl)
+        expected, _ = torch_attention(case, "float32", "naive", kv_dtype="int8")
+        np.testing.assert_allclose(out, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["flash", "naive"])
+@pytest.mark.parametrize("kv_dtype", ["float32", "float16", "int8"])
+def test_native_bits_do_not_depend_on_threads(kv_dtype, impl):
+    for case in CASES:
+        one, _ = native_attention(case, kv_dtype, None, 1, impl)
+        two, _ = native_attention(case, kv_dtype, None, 2, impl)
         np.testing.assert_array_equal(one, two)

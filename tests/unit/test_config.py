@@ -44,10 +44,12 @@ def test_nothing_is_left_open():
     assert (config.executor, config.device, config.dtype, config.attention) == (
         "native",
         "cpu",
-        "float32",
+        None,  # matrices as the file stores them
         "flash",
     )
-    assert (config.cache.block_size, config.cache.kv_cache_dtype) == (32, "float32")
+    assert (config.cache.block_size, config.cache.kv_cache_dtype) == (32, "float16")
+    eager = resolve(executor="eager")
+    assert (eager.dtype, eager.attention, eager.cache.kv_cache_dtype) == ("float32", "sdpa", "float32")
     assert config.cache.enable_prefix_caching
     assert config.scheduler.enable_chunked_prefill
     assert (config.max_model_len, config.scheduler.max_num_batched_tokens) == (256, 512)
@@ -55,12 +57,20 @@ def test_nothing_is_left_open():
 
 @pytest.mark.parametrize(
     "options",
-    [{"dtype": "bfloat16"}, {"attention": "naive"}, {"kv_cache_dtype": "int8"}, {"device": "cuda"}],
+    [{"dtype": "float64"}, {"attention": "sdpa"}, {"kv_cache_dtype": "bfloat16"}, {"device": "cuda"}],
 )
 def test_settings_that_native_cannot_honour_choose_eager(options):
     assert resolve(**options).executor == "eager"
     with pytest.raises(ConfigError, match=f"native.*{next(iter(options))}"):
         resolve(executor="native", **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "bfloat16"}, {"attention": "naive"}, {"kv_cache_dtype": "int8"}, {"dtype": "float32"}],
+)
+def test_settings_that_native_honours(options):
+    assert resolve(**options).executor == "native"
 
 
 def test_without_any_executor_the_reasons_are_given():
