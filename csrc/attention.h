@@ -76,43 +76,58 @@ struct kv_pages {
     }
 };
 
-// scores[r][32] = scale * q[r] · k for R rows; k [head_dim][32].
-template <int R, class T>
-static inline void score_rows(const float *const *q, const T *k, int64_t head_dim, float scale, float *scores) {
-    vf sums[R][2];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = zero();
-    for (int64_t d = 0; d < head_dim; d++) {
-        const vf low = load(k + d * kTile), high = load(k + d * kTile + kLanes);
-#pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            const vf x = splat(q[r][d]);
-            sums[r][0] = fma(x, low, sums[r][0]);
-            sums[r][1] = fma(x, high, sums[r][1]);
-        }
+// What is read next: tiles lie anywhere, where no processor looks by itself. One of its lines is asked for with every
+// feature or key of the tile at hand.
+struct next_tile {
+    const uint8_t *address;  // nullptr: none
+    int64_t bytes;
+    void prefetch(int64_t i, int64_t count) const {
+        if (address) __builtin_prefetch(address + i * (bytes / count), 0, 3);
     }
+};
+
+// scores[r][32] = scale * q[r] · k for R rows; k [head_dim][32]. Few rows take all keys at once, to have enough sums
+// in flight, many take sixteen at a time.
+template <int R, class T>
+static inline void score_rows(const float *const *q, const T *k, int64_t head_dim, float scale, float *scores,
+                              next_tile next) {
+    constexpr int vectors = 2 * R <= kScoreRows ? 2 : 1;
+    for (int first = 0; first < kTile; first += vectors * kLanes) {
+        vf sums[R][vectors];
 #pragma GCC unroll 16
-    for (int r = 0; r < R; r++) {
-        store(scores + r * kTile, mul(sums[r][0], splat(scale)));
-        store(scores + r * kTile + kLanes, mul(sums[r][1], splat(scale)));
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < vectors; v++) sums[r][v] = zero();
+        for (int64_t d = 0; d < head_dim; d++) {
+            if (first == 0) next.prefetch(d, head_dim);
+#pragma GCC unroll 2
+            for (int v = 0; v < vectors; v++) {
+                const vf keys = load(k + d * kTile + first + v * kLanes);
+#pragma GCC unroll 16
+                for (int r = 0; r < R; r++) sums[r][v] = fma(splat(q[r][d]), keys, sums[r][v]);
+            }
+        }
+#pragma GCC unroll 16
+        for (int r = 0; r < R; r++)
+            for (int v = 0; v < vectors; v++)
+                store(scores + r * kTile + first + v * kLanes, mul(sums[r][v], splat(scale)));
     }
 }
 
-// out[r] += sum over keys begin..end of weights[r][key] * v[key]; v [32][head_dim]; features d, d + 16 (two: d + 32).
+// out[r] += sum over keys begin..end of weights[r][key] * v[key], for R rows and some features; v [32][head_dim].
 template <int R, int Vectors, class T>
-static inline void weigh_rows(const float *weights, const T *v, int64_t head_dim, int begin, int end, int64_t d,
-                              float *const *out) {
+static inline void weigh_features(const float *weights, const T *v, int64_t head_dim, int begin, int end, int64_t d,
+                                  float *const *out, next_tile next) {
     vf sums[R][Vectors];
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
         for (int i = 0; i < Vectors; i++) sums[r][i] = load(out[r] + d + i * kLanes);
     for (int key = begin; key < end; key++) {
-        vf values[Vectors];
-        for (int i = 0; i < Vectors; i++) values[i] = load(v + key * head_dim + d + i * kLanes);
+        if (d < 2 * kLanes) next.prefetch(key + (d > 0 ? kTile : 0), 2 * kTile);
+#pragma GCC unroll 2
+        for (int i = 0; i < Vectors; i++) {
+            const vf values = load(v + key * head_dim + d + i * kLanes);
 #pragma GCC unroll 16
-        for (int r = 0; r < R; r++) {
-            const vf w = splat(weights[r * kTile + key]);
-            for (int i = 0; i < Vectors; i++) sums[r][i] = fma(w, values[i], sums[r][i]);
+            for (int r = 0; r < R; r++) sums[r][i] = fma(splat(weights[r * kTile + key]), values, sums[r][i]);
         }
     }
 #pragma GCC unroll 16
@@ -120,10 +135,13 @@ static inline void weigh_rows(const float *weights, const T *v, int64_t head_dim
         for (int i = 0; i < Vectors; i++) store(out[r] + d + i * kLanes, sums[r][i]);
 }
 template <int R, class T>
-static inline void weigh_all(const float *weights, const T *v, int64_t head_dim, int begin, int end, float *const *out) {
+static inline void weigh_rows(const float *weights, const T *v, int64_t head_dim, int begin, int end, float *const *out,
+                              next_tile next) {
     int64_t d = 0;
-    for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes) weigh_rows<R, 2>(weights, v, head_dim, begin, end, d, out);
-    for (; d + kLanes <= head_dim; d += kLanes) weigh_rows<R, 1>(weights, v, head_dim, begin, end, d, out);
+    if constexpr (2 * R <= kScoreRows)
+        for (; d + 2 * kLanes <= head_dim; d += 2 * kLanes)
+            weigh_features<R, 2>(weights, v, head_dim, begin, end, d, out, next);
+    for (; d + kLanes <= head_dim; d += kLanes) weigh_features<R, 1>(weights, v, head_dim, begin, end, d, out, next);
     for (; d < head_dim; d++)
         for (int r = 0; r < R; r++) {
             float total = out[r][d];
@@ -194,6 +212,7 @@ struct tile_rows {
     const lanes *visible;
     row_state *states;
     float *scores;  // [count][32]
+    next_tile next_k, next_v;
 };
 template <class T> static inline void attend_tile(const tile_rows &rows, const T *k, const T *v, float scale) {
     float *values[kScoreRows];
@@ -207,13 +226,14 @@ template <class T> static inline void attend_tile(const tile_rows &rows, const T
             end = l.last > end ? l.last : end;
         }
         if (begin >= end) continue;
+        const next_tile none{nullptr, 0}, next_k = r == 0 ? rows.next_k : none, next_v = r == 0 ? rows.next_v : none;
         float *scores = rows.scores + r * kTile;
-        with_count<kScoreRows>(count, [&](auto n) { score_rows<n>(rows.q + r, k, rows.head_dim, scale, scores); });
+        with_count<kScoreRows>(count, [&](auto n) { score_rows<n>(rows.q + r, k, rows.head_dim, scale, scores, next_k); });
         for (int64_t i = 0; i < count; i++) {
             soften(scores + i * kTile, rows.visible[r + i], rows.states[r + i], rows.head_dim);
             values[i] = rows.states[r + i].values;
         }
         with_count<kScoreRows>(count,
-                               [&](auto n) { weigh_all<n>(scores, v, rows.head_dim, begin, end, values); });
+                               [&](auto n) { weigh_rows<n>(scores, v, rows.head_dim, begin, end, values, next_v); });
     }
 }

@@ -484,8 +484,15 @@ struct rl_program {
         const int64_t slot = table[key / cache.block_size] * (int64_t)cache.block_size + key % cache.block_size;
         const kv_pages pages{cache};
         const uint8_t *k = pages.tile(in.ints[0], slot, 0, g), *v = pages.tile(in.ints[0], slot, 1, g);
+        next_tile next_k{nullptr, 0}, next_v{nullptr, 0};
+        const int64_t next = key + kTile;
+        if (next < batch->seq_lens[tile.sequence] && table[next / cache.block_size] >= 0) {
+            const int64_t next_slot = table[next / cache.block_size] * (int64_t)cache.block_size + next % cache.block_size;
+            next_k = {pages.tile(in.ints[0], next_slot, 0, g), pages.tile_bytes()};
+            next_v = {pages.tile(in.ints[0], next_slot, 1, g), pages.tile_bytes()};
+        }
         float *scores = ws.scores.get((rows.count + kScoreRows) * kTile);
-        const tile_rows some{rows.count, head_dim, q, rows.in_tile, rows.parts, scores};
+        const tile_rows some{rows.count, head_dim, q, rows.in_tile, rows.parts, scores, next_k, next_v};
         if (cache.dtype == RL_KV_F16 && rows.count <= 2 * kScoreRows) {  // converting twice is cheaper than storing
             attend_tile(some, (const uint16_t *)k, (const uint16_t *)v, in.floats[0]);
         } else {
@@ -526,7 +533,7 @@ struct rl_program {
                         const auto score = [&](const float *query, lanes l) {
                             if (l.first >= l.last) return;
                             query += (first + t) * columns + head * head_dim;
-                            score_rows<1>(&query, k, head_dim, in.floats[0], some);
+                            score_rows<1>(&query, k, head_dim, in.floats[0], some, {nullptr, 0});
                             std::copy(some + l.first, some + l.last, scores + t * keys + key + l.first);
                         };
                         score(q_sinks, sinks);
@@ -554,7 +561,7 @@ struct rl_program {
                         float *out = row(in.outputs[0], first + t) + head * head_dim;
                         const auto weigh = [&](lanes l) {
                             if (l.first < l.last)
-                                weigh_all<1>(scores + t * keys + key, v, head_dim, l.first, l.last, &out);
+                                weigh_rows<1>(scores + t * keys + key, v, head_dim, l.first, l.last, &out, {nullptr, 0});
                         };
                         weigh(lanes_of(key, 0, sees.sinks_end));
                         weigh(lanes_of(key, sees.first, sees.position + 1));

@@ -97,6 +97,9 @@ template <int M, class Group> __attribute__((noinline)) void quantized_tile(cons
     for (int m = 0; m < M; m++) totals[m] = zero();
     for (int64_t b = 0; b < blocks; b++) {
         w.prefetch(b);
+        if constexpr (M > 1)  // the tile of tokens that comes next
+#pragma GCC unroll 16
+            for (int m = 0; m < M; m++) __builtin_prefetch(&x[(m + M) * blocks + b], 0, 3);
 #pragma GCC unroll 2
         for (int g = 0; g < P::groups; g++) {
             const vf scale = w.scale(b, g);
@@ -179,7 +182,7 @@ void multiply_group(const uint8_t *group, const act_block *blocks, const float *
     } else {
         const packed_group<P> as_packed{group, k};
         const int64_t per_token = k / kBlock;
-        if (tokens <= tile) {
+        if (tokens <= 4 * tile) {
             each_tile([&](auto m, int64_t t) { quantized_tile<m>(as_packed, blocks + t * per_token, k, sums); });
         } else {
             scratch.resize(unpacked_group<P>::bytes_for(k) + 64);

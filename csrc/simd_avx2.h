@@ -153,4 +153,4 @@ static inline void activation_sums(const int8_t *x, int32_t totals[2], int32_t c
 }
 constexpr int kIntTile = 4;    // tokens of a tile of the quantized kernel: 8 sums in 16 registers
 constexpr int kFloatTile = 6;  // and of the float kernel: 12
-constexpr int kScoreRows = 3;  // query rows of the attention kernels, two vectors each
+constexpr int kScoreRows = 6;  // query rows of the attention kernels

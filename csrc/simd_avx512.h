@@ -80,4 +80,4 @@ static inline void activation_sums(const int8_t *x, int32_t totals[2], int32_t c
 }
 constexpr int kIntTile = 8;     // tokens of a tile of the quantized kernel: 8 sums of each kind in 32 registers
 constexpr int kFloatTile = 12;  // and of the float kernel
-constexpr int kScoreRows = 8;   // query rows of the attention kernels, two vectors each
+constexpr int kScoreRows = 12;  // query rows of the attention kernels

@@ -153,4 +153,4 @@ static inline void activation_sums(const int8_t *x, int32_t totals[2], int32_t c
     }
     *correction = -totals[0] - totals[1];
 }
-constexpr int kIntTile = 4, kFloatTile = 4, kScoreRows = 2;
+constexpr int kIntTile = 4, kFloatTile = 4, kScoreRows = 4;

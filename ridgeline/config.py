@@ -166,7 +166,7 @@ class EngineConfig:
     """native: C++ kernels, one call per step; eager: torch; compiled: torch.compile."""
     device: Device | None = None
     dtype: DType | None = None
-    """torch: arithmetic and weight storage. native: storage of the matrices (arithmetic is float32, or integer
+    """torch: arithmetic and weight storage. native: storage of matrices (arithmetic is float32, or integer
     for quantized ones); None: as in the file."""
     attention: AttentionImpl | None = None
     """naive: all scores in memory; flash: tiles and online softmax; sdpa: torch's own kernel (not native)."""

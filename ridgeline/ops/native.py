@@ -2,8 +2,8 @@
 
 The libraries are built from csrc/, one per instruction set; the best one that this processor supports is
 loaded. Matrices are packed once, in parallel, into the layout that the kernels read (csrc/packed.h), as large
-as the file's; the file's pages are given back as they are read, so there is never a second copy. ctypes releases
-the GIL during the step.
+as the file's; the file's pages are given back as they are read, so there is never a second copy. ctypes
+releases the GIL during the step.
 """
 
 from __future__ import annotations
