@@ -176,6 +176,8 @@ class EngineConfig:
     fusion: str | None = None
     """Fusion rules of native, by name with commas between, or "none"; None: all. `ridgeline kernels explain`
     lists them."""
+    packed_cache: bool = False
+    """native: keep the packed weights in a file under ~/.cache/ridgeline that the next start maps."""
     seed: int = 0
     """Seed of requests that bring none."""
     load: LoadConfig = field(default_factory=LoadConfig)
@@ -360,10 +362,10 @@ _POSITIVE = (
     "max_num_seqs",
     "max_num_batched_tokens",
 )
-_FLAGS = ("kv_cache", "enable_prefix_caching", "enable_chunked_prefill")
+_FLAGS = ("packed_cache", "kv_cache", "enable_prefix_caching", "enable_chunked_prefill")
 _OPTIONAL = frozenset(
     {"executor", "device", "dtype", "attention", "kv_cache_dtype", *_POSITIVE, *_FLAGS}
-    - {"max_num_seqs", "kv_cache"}
+    - {"max_num_seqs", "kv_cache", "packed_cache"}
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -36,16 +37,18 @@ Prompt = str | Mapping[str, Any]
 class LLMEngine:
     """Owns the executor with its cache, and every request between arrival and finish."""
 
-    def __init__(self, config: EngineConfig, model: LoadedModel, tokenizer: Tokenizer | None) -> None:
-        """Resolve the settings for this model and build the parts. Raises ConfigError."""
+    def __init__(
+        self, config: EngineConfig, model: LoadedModel, tokenizer: Tokenizer | Future[Tokenizer | None] | None
+    ) -> None:
+        """Resolve the settings for this model and build the parts, the executor first. Raises ConfigError."""
         config = config.resolve(model.config, unavailable=unavailable_executors())
         cache, max_model_len = config.cache, config.max_model_len
         assert cache.block_size and cache.enable_prefix_caching is not None and max_model_len
         self.model = model
-        self.tokenizer = tokenizer
         self.layout = plan_cache(config, model.config)
         self.config = replace(config, max_model_len=min(max_model_len, self.layout.num_slots))
         self.executor = make_executor(self.config, model, self.layout)
+        self.tokenizer = tokenizer.result() if isinstance(tokenizer, Future) else tokenizer
         windowed = model.config.window_is_global
         manager = BlockManager(
             BlockPool(
@@ -64,7 +67,7 @@ class LLMEngine:
             kv_cache=cache.kv_cache,
         )
         self.stats = EngineStats(self.scheduler)
-        self._outputs = OutputProcessor(tokenizer)
+        self._outputs = OutputProcessor(self.tokenizer)
         self._in_flight: deque[tuple[StepPlan, StepHandle]] = deque()
         self._num_submitted = 0
 
@@ -73,7 +76,8 @@ class LLMEngine:
         """Find, map and load the model that `config` names, with its tokenizer."""
         model = load_model(locate_model(config.model), config.load)
         assert model.checkpoint is not None
-        return cls(config, model, load_tokenizer(model.checkpoint))
+        with ThreadPoolExecutor(1) as background:  # the weights are packed meanwhile
+            return cls(config, model, background.submit(load_tokenizer, model.checkpoint))
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         of_tokenizer = self.tokenizer.eos_token_ids if self.tokenizer is not None else ()

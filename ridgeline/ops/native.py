@@ -1,20 +1,16 @@
 """Runs a Program in C++ through ctypes, with one call per step: no torch, no per-op dispatch.
 
 The libraries are built from csrc/, one per instruction set; the best one that this processor supports is
-loaded. Matrices are packed once, in parallel, into the layout that the kernels read (csrc/packed.h), as large
-as the file's; the file's pages are given back as they are read, so there is never a second copy. ctypes
-releases the GIL during the step.
+loaded. Weights are packed once (`ops.packing`). ctypes releases the GIL during the step.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +19,18 @@ import numpy.typing as npt
 
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
-from ridgeline.logs import logger
 from ridgeline.ops.batch import ForwardBatch
+from ridgeline.ops.packing import Packer, aligned_bytes
 from ridgeline.ops.program import Instruction, Opcode, Program
-from ridgeline.quant.formats import FORMATS
-from ridgeline.quant.weight import Weight
 
 ISAS = ("avx512", "avx2", "generic")
 """Best first."""
 ISA_VARIABLE = "RIDGELINE_ISA"
 """Environment variable that overrides the choice, for tests and comparisons."""
-WEIGHT_FORMATS = (
-    *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
-)
-"""Formats that csrc/packed.h reads; others are dequantized to F32."""
 PAGE_DTYPES = {"float32": 0, "float16": 1, "int8": 2}
 ATTENTION_IMPLS = {"flash": 0, "naive": 1}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 MAX_HEAD_DIM, MAX_Q_PER_KV = 1024, 64
-_PACK_ROWS = 512
 
 
 class _Instruction(ctypes.Structure):
@@ -208,88 +196,6 @@ def _padded(values: Sequence[int | None], length: int) -> list[int]:
     return [-1 if v is None else v for v in values] + [-1] * (length - len(values))
 
 
-@dataclass(frozen=True, slots=True)
-class PackedWeight:
-    """A weight as csrc reads it: float32 for a vector, groups of sixteen rows for a matrix."""
-
-    format: int
-    rows: int
-    columns: int
-    data: npt.NDArray[np.generic]
-
-
-class Packer:
-    """Packs the weights of a Program with a few threads, and gives the file's pages back as they are read."""
-
-    def __init__(self, library: ctypes.CDLL, num_threads: int) -> None:
-        self._library = library
-        self._num_threads = num_threads
-
-    def pack(self, weights: Sequence[Weight]) -> list[PackedWeight]:
-        """One after the other, the rows of each shared between threads."""
-        with ThreadPoolExecutor(self._num_threads) as pool:
-            return [self._pack(weight, pool.map) for weight in weights]
-
-    def _pack(self, weight: Weight, parallel: Callable[..., Any]) -> PackedWeight:
-        if len(weight.shape) == 1:
-            values = np.ascontiguousarray(weight.dequantize(), np.float32)
-            return PackedWeight(FORMATS["F32"].ggml_type or 0, len(values), 1, values)
-        rows, columns = weight.shape
-        format, data = weight.format, weight.data
-        num_bytes = self._packed_bytes(weight.format.name, rows, columns)
-        if not num_bytes:
-            logger.info("%s: %s has no kernel; held as F32", weight.name, format.name)
-            format, data = FORMATS["F32"], np.ascontiguousarray(weight.dequantize(), np.float32)
-            num_bytes = self._packed_bytes("F32", rows, columns)
-        assert format.ggml_type is not None
-        data = np.ascontiguousarray(data)
-        packed = aligned_bytes(num_bytes)
-
-        def pack(begin: int) -> None:
-            part = data[begin : begin + _PACK_ROWS]
-            self._library.rl_pack(
-                format.ggml_type,
-                data.ctypes.data,
-                begin,
-                begin + _PACK_ROWS,
-                rows,
-                columns,
-                packed.ctypes.data,
-            )
-            _give_back(part)
-
-        list(parallel(pack, range(0, rows, _PACK_ROWS)))
-        return PackedWeight(format.ggml_type, rows, columns, packed)
-
-    def _packed_bytes(self, format: str, rows: int, columns: int) -> int:
-        if format not in WEIGHT_FORMATS:
-            return 0
-        return int(self._library.rl_packed_bytes(FORMATS[format].ggml_type, rows, columns))
-
-
-def aligned_bytes(num_bytes: int) -> npt.NDArray[np.uint8]:
-    """Uninitialised memory that starts at a cache line."""
-    memory = np.empty(num_bytes + 64, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + num_bytes]
-
-
-def _give_back(part: npt.NDArray[np.generic]) -> None:
-    """Let the system drop the pages of a mapped file that lie inside `part`; they can be read again."""
-    base: Any = part
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, memoryview):
-        base = base.obj
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    start = part.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-    begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (start + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > begin:
-        base.madvise(mmap.MADV_DONTNEED, begin, end - begin)
-
-
 class NativeProgram:
     """A Program with its buffers and KV pages, ready to step. Owns all memory that C++ points into."""
 
@@ -303,16 +209,18 @@ class NativeProgram:
         num_threads: int,
         attention: str = "flash",
         isa: str | None = None,
+        packed_cache: Path | None = None,
     ) -> None:
         """Buffers for at most max_tokens rows per step, and max_logits logit rows, which grow on demand.
 
+        `packed_cache`: a file to map the packed weights from, or to write them to where it is not there.
         Raises ConfigError for an attention shape that the kernels do not take.
         """
         self.isa, self._library = load_library(isa)
         self._plan = program.plan_buffers()
         self._max_tokens = max_tokens
         _check_attention(program, layout)
-        self._weights = Packer(self._library, num_threads).pack(program.weights)
+        self._weights = Packer(self._library, num_threads).pack(program.weights, packed_cache)
         self.program = replace(program, weights=tuple(w.without_data() for w in program.weights))
         self._constants = [constant.astype(np.float32) for constant in program.constants]
         self.pages = aligned_bytes(layout.num_bytes)

@@ -11,7 +11,8 @@ import torch
 
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.ops.batch import ForwardBatch
-from ridgeline.ops.native import ISAS, WEIGHT_FORMATS, NativeProgram
+from ridgeline.ops.native import ISAS, NativeProgram
+from ridgeline.ops.packing import WEIGHT_FORMATS
 from ridgeline.ops.program import Opcode
 from ridgeline.ops.recorder import Recorder
 from ridgeline.ops.torch_ops import TorchBatch, TorchOps

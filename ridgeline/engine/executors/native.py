@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from ridgeline.checkpoint.checkpoint import cache_directory
 from ridgeline.config import DType, EngineConfig
 from ridgeline.engine.executors import FinishedStep
 from ridgeline.engine.sampler import sample_plan
@@ -18,6 +20,7 @@ from ridgeline.models.load import LoadedModel
 from ridgeline.ops.batch import ForwardBatch
 from ridgeline.ops.fuse import fuse, rules_named
 from ridgeline.ops.native import NativeProgram
+from ridgeline.ops.packing import cache_name
 from ridgeline.ops.program import Program
 from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.weight import Weight
@@ -30,16 +33,15 @@ class NativeExecutor:
         assert config.max_model_len and config.scheduler.max_num_batched_tokens and config.attention
         self._block_size = layout.block_size
         weights = model.weights if config.dtype is None else _stored_as(config.dtype, model.weights)
+        recorded = record_decoder(model.config, weights, max_model_len=config.max_model_len)
         self._native = NativeProgram(
-            fuse(
-                record_decoder(model.config, weights, max_model_len=config.max_model_len),
-                rules_named(config.fusion),
-            ),
+            fuse(recorded, rules_named(config.fusion)),
             layout,
             max_tokens=config.scheduler.max_num_batched_tokens,
             max_logits=config.scheduler.max_num_seqs,
             num_threads=config.num_threads or len(os.sched_getaffinity(0)),
             attention=config.attention,
+            packed_cache=_cache_file(config, model, recorded) if config.packed_cache else None,
         )
 
     @property
@@ -63,3 +65,12 @@ def _stored_as(dtype: DType, weights: Mapping[str, Weight]) -> dict[str, Weight]
     format = FORMATS[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]]
     converted = {id(w): w.converted(format) if len(w.shape) > 1 else w for w in weights.values()}
     return {name: converted[id(weight)] for name, weight in weights.items()}
+
+
+def _cache_file(config: EngineConfig, model: LoadedModel, program: Program) -> Path | None:
+    """Where the packed weights of this model with these load options are kept; None without a file."""
+    if model.checkpoint is None:
+        return None
+    path = model.checkpoint.path
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    return cache_directory() / "packed" / cache_name(program.weights, files, config.dtype, config.load)
