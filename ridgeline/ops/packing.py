@@ -81,7 +81,8 @@ class Packer:
                 out = aligned_bytes(num_bytes) if memory is None else memory[begin:end]
                 if not filled:
                     self._pack(weight, format, out, pool.map)
-                packed.append(PackedWeight(_number(format), *weight.shape, out))
+                rows, columns = weight.shape
+                packed.append(PackedWeight(_number(format), rows, columns, out))
         return packed
 
     def _place(self, weight: Weight) -> tuple[QuantFormat, int]:
