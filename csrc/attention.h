@@ -4,6 +4,7 @@
 // positions whose results are merged in ascending order, so that it does not matter which thread took which, nor which
 // other rows were computed beside. naive: all scores of a head in memory, then softmax, then the values.
 #pragma once
+#include <cfloat>
 #include <vector>
 
 #include "ridgeline.h"
@@ -40,7 +41,7 @@ struct kv_pages {
         } else {
             vf most = zero();
             for (int64_t d = 0; d < n; d += kLanes) most = max(most, magnitude(load_n(x + d, n - d)));
-            const float amax = largest(most), inverse = amax > 0.0f ? 127.0f / amax : 0.0f;
+            const float amax = largest(most), inverse = amax > 127.0f / FLT_MAX ? 127.0f / amax : 0.0f;
             ((float *)(tile + kTile * n))[lane] = amax / 127.0f;
             alignas(64) int8_t bytes[kLanes];
             for (int64_t d = 0; d < n; d += kLanes) {

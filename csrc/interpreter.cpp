@@ -149,11 +149,11 @@ struct rl_program {
         const int64_t rows = rows_of(in.inputs[0]), k = buffers[in.inputs[0]].columns;
         const int num_matrices = in.ints[0], activation = in.ints[1];
         const bool is_glu = activation >= 0;
-        bool any_quantized = false, any_float = false;
+        bool any_quantized = false;
         int64_t groups[4] = {0, 0, 0, 0};
         for (int i = 0; i < num_matrices; i++) {
             const rl_weight &w = weights[in.weights[i]];
-            (is_float_format(w.format) ? any_float : any_quantized) = true;
+            any_quantized |= !is_float_format(w.format);
             groups[i + 1] = groups[i] + (is_glu && i == 1 ? 0 : groups_of(w.rows));
         }
         const int64_t total_groups = groups[num_matrices];
@@ -171,7 +171,6 @@ struct rl_program {
             });
             if (norm) x = normed_x;
         }
-        (void)any_float;
 
         const int64_t panels = (rows + kPanelTokens - 1) / kPanelTokens;
         const int64_t chunk = std::max<int64_t>(1, total_groups / (8 * pool.size()));

@@ -1,6 +1,7 @@
 // Matrix kernels: tiles of a few tokens by sixteen rows. One token or five hundred, a tile's sums are formed by the
 // same expression in the same ascending order of columns, so a row of activations always gives the same bits.
 #pragma once
+#include <cfloat>
 #include <vector>
 
 #include "packed.h"
@@ -23,7 +24,7 @@ static inline void quantize_row(const float *x, int64_t k, act_block *out) {
         const vf low = load(x), high = load(x + kLanes);
         const float most = largest(max(magnitude(low), magnitude(high)));
         block.d = most / 127.0f;
-        const vf inverse = splat(most > 0.0f ? 127.0f / most : 0.0f);
+        const vf inverse = splat(most > 127.0f / FLT_MAX ? 127.0f / most : 0.0f);  // else the quotient is infinite
         store_rounded(block.q, mul(low, inverse));
         store_rounded(block.q + kLanes, mul(high, inverse));
         int32_t totals[2];

@@ -1,10 +1,12 @@
 // Runs kernel cases without Python: for sanitizers and for processors that are only emulated. The files are written by
 // `ridgeline kernels test --dump DIR` (dump_case in ops/cases.py); every buffer is exactly as large as it must be, so
 // that a step outside of it is seen.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <memory>
@@ -161,18 +163,46 @@ std::string run_case(const std::string &path, int num_threads, std::string &name
     rl_destroy(program);
     return problem;
 }
+// A file, or every .case file of a directory in order of their names.
+void collect(const std::string &path, std::vector<std::string> &files) {
+    if (!std::filesystem::is_directory(path)) {
+        files.push_back(path);
+        return;
+    }
+    std::vector<std::string> found;
+    for (const auto &entry : std::filesystem::directory_iterator(path))
+        if (entry.path().extension() == ".case") found.push_back(entry.path().string());
+    std::sort(found.begin(), found.end());
+    files.insert(files.end(), found.begin(), found.end());
+}
 }  // namespace
 
-int main(int count, char **paths) {
-    if (count < 2) {
-        std::fprintf(stderr, "usage: %s FILE.case ...\nThe files are written by: ridgeline kernels test --dump DIR\n", paths[0]);
+int main(int count, char **arguments) {
+    std::vector<std::string> files;
+    std::string isa;
+    for (int i = 1; i < count; i++) {
+        if (!std::strcmp(arguments[i], "--isa") && i + 1 < count)
+            isa = arguments[++i];
+        else
+            collect(arguments[i], files);
+    }
+    if (files.empty()) {
+        std::fprintf(stderr,
+                     "usage: %s [--isa NAME] FILE.case|DIRECTORY ...\n"
+                     "--isa: what this program was built for; nothing is run where the processor lacks it.\n"
+                     "The files are written by: ridgeline kernels test --dump DIRECTORY\n",
+                     arguments[0]);
         return 2;
     }
+    if (!isa.empty() && !rl_cpu_supports(isa.c_str())) {
+        std::printf("SKIPPED: this processor does not run %s\n", isa.c_str());
+        return 0;
+    }
     int failed = 0;
-    for (int i = 1; i < count; i++) {
-        std::string name = paths[i], problem;
+    for (const std::string &file : files) {
+        std::string name = file, problem;
         try {
-            problem = run_case(paths[i], 2, name);
+            problem = run_case(file, 2, name);
         } catch (const std::exception &error) {
             problem = error.what();
         }
@@ -180,6 +210,6 @@ int main(int count, char **paths) {
         failed++;
         std::printf("FAILED %s: %s\n", name.c_str(), problem.c_str());
     }
-    std::printf("%d cases, %d failed\n", count - 1, failed);
+    std::printf("%zu cases, %d failed\n", files.size(), failed);
     return failed ? 1 : 0;
 }

@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": "Serve a model over the OpenAI API.",
     "inspect": "What is in a GGUF file or Hugging Face directory.",
     "synth": "Write a seeded model file of any shape, for tests and measurements.",
+    "kernels": "Test, time and explain the native kernels on this machine.",
 }
 for _name, _summary in COMMANDS.items():
     app.command(f"ridgeline.cli.{_name}:{_name}", help=_summary if "--help" not in sys.argv[2:] else None)
