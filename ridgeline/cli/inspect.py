@@ -51,7 +51,7 @@ def inspect(
     program
         Show the recorded Program instead: the model as a list of instructions.
     fusion
-        Fusion rules that are applied to the Program first: all (what the native executor runs), none, or names.
+        Fusion rules applied to the Program before it is shown: all (what native runs), none, or names.
     """
     if program:
         loaded = load_model(locate_model(model))
