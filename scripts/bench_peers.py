@@ -1,7 +1,7 @@
 """Ridgeline against llama.cpp, in the same run: medians, ratios and the bars that we set ourselves.
 
 A shared machine moves by tens of per cent between minutes, so each round measures both engines back to back,
-each in a fresh process, and the order changes with the round. Compared are medians over the rounds. Everything
+each in a fresh process, and the order changes with the round. Compared are medians. Everything
 is kept in one JSON file, from which the page is made.
 
     .venv/bin/python scripts/bench_peers.py --rounds 5 --only decode,prefill --out docs/results/peers.json
