@@ -31,7 +31,7 @@ from ridgeline.ops.native import (
     ISAS,
     PAGE_DTYPES,
     NativeProgram,
-    _library_files,
+    library_files,
     load_library,
     usable_isas,
 )
@@ -444,7 +444,7 @@ def explain(*, json: bool = False) -> None:
         End with one JSON document.
     """
     chosen, library = load_library()
-    usable, built, flags = usable_isas(), dict(_library_files()), _cpu_flags()
+    usable, built, flags = usable_isas(), dict(library_files()), _cpu_flags()
     sets = []
     for isa in ISAS:
         missing = [flag for flag in CPU_FLAGS[isa] if flag not in flags]

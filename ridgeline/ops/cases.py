@@ -10,7 +10,6 @@ Letters: T tokens, N x K a weight, H query heads, G KV heads, D head_dim.
 
 from __future__ import annotations
 
-import ctypes
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,13 +23,7 @@ from ridgeline.config import Activation, KVCacheDType
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.ops.batch import ForwardBatch
 from ridgeline.ops.fuse import fuse
-from ridgeline.ops.native import (
-    PAGE_DTYPES,
-    NativeProgram,
-    _Instruction,
-    _numbers,
-    _padded,
-)
+from ridgeline.ops.native import PAGE_DTYPES, NativeProgram, encode_instructions
 from ridgeline.ops.packing import WEIGHT_FORMATS
 from ridgeline.ops.program import Buffer, Program, StepShape
 from ridgeline.ops.recorder import Recorder
@@ -494,16 +487,7 @@ def dump_case(case: KernelCase, folder: Path) -> Path:
 
     blob(case.name.encode())
     ints(len(program.instructions))
-    for instruction in program.instructions:
-        numbers, reals = _numbers(instruction, built.attention)
-        encoded = _Instruction()
-        encoded.opcode = int(instruction.opcode)
-        encoded.outputs[:] = _padded(instruction.outputs, 3)
-        encoded.inputs[:] = _padded(instruction.inputs, 5)
-        encoded.weights[:] = _padded(instruction.weights, 7)
-        encoded.ints[: len(numbers)] = numbers
-        encoded.floats[: len(reals)] = reals
-        out.extend(ctypes.string_at(ctypes.addressof(encoded), ctypes.sizeof(encoded)))
+    out.extend(bytes(encode_instructions(program, built.attention)))
     ints(len(program.buffers))
     for buffer in program.buffers:
         ints(int(buffer.rows == "L"), buffer.columns)

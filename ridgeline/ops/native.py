@@ -95,7 +95,8 @@ def _folders() -> list[Path]:
     return [Path(root) / "lib" for root in package.submodule_search_locations]
 
 
-def _library_files() -> Iterator[tuple[str, Path]]:
+def library_files() -> Iterator[tuple[str, Path]]:
+    """Every instruction set that is built, best first, with its library."""
     for isa in ISAS:
         for folder in _folders():
             path = folder / f"libridgeline_{isa}.so"
@@ -126,7 +127,7 @@ def usable_isas() -> tuple[str, ...]:
 
     Raises ConfigError if there is none, saying what was looked for and how to build it.
     """
-    found = dict(_library_files())
+    found = dict(library_files())
     if "generic" not in found:
         raise ConfigError(
             "executor 'native' needs the compiled library libridgeline_generic.so, which is not in "
@@ -146,7 +147,7 @@ def load_library(isa: str | None = None) -> tuple[str, ctypes.CDLL]:
     isa = isa or os.environ.get(ISA_VARIABLE) or usable[0]
     if isa not in usable:
         raise ConfigError(f"instruction set {isa!r} is not available here; available: {', '.join(usable)}")
-    library = ctypes.CDLL(str(dict(_library_files())[isa]))
+    library = ctypes.CDLL(str(dict(library_files())[isa]))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -196,6 +197,20 @@ def _padded(values: Sequence[int | None], length: int) -> list[int]:
     return [-1 if v is None else v for v in values] + [-1] * (length - len(values))
 
 
+def encode_instructions(program: Program, attention: str) -> ctypes.Array[_Instruction]:
+    """The instructions as csrc reads them: `rl_instruction` after `rl_instruction`."""
+    encoded = (_Instruction * len(program.instructions))()
+    for slot, instruction in zip(encoded, program.instructions, strict=True):
+        ints, floats = _numbers(instruction, attention)
+        slot.opcode = int(instruction.opcode)
+        slot.outputs[:] = _padded(instruction.outputs, 3)
+        slot.inputs[:] = _padded(instruction.inputs, 5)
+        slot.weights[:] = _padded(instruction.weights, 7)
+        slot.ints[: len(ints)] = ints
+        slot.floats[: len(floats)] = floats
+    return encoded
+
+
 class NativeProgram:
     """A Program with its buffers and KV pages, ready to step. Owns all memory that C++ points into."""
 
@@ -225,15 +240,7 @@ class NativeProgram:
         self._constants = [constant.astype(np.float32) for constant in program.constants]
         self.pages = aligned_bytes(layout.num_bytes)
 
-        instructions = (_Instruction * len(program.instructions))()
-        for slot, instruction in zip(instructions, program.instructions, strict=True):
-            ints, floats = _numbers(instruction, attention)
-            slot.opcode = int(instruction.opcode)
-            slot.outputs[:] = _padded(instruction.outputs, 3)
-            slot.inputs[:] = _padded(instruction.inputs, 5)
-            slot.weights[:] = _padded(instruction.weights, 7)
-            slot.ints[: len(ints)] = ints
-            slot.floats[: len(floats)] = floats
+        instructions = encode_instructions(program, attention)
         buffers = self._allocate_buffers(max_logits)
         weights = (_Weight * len(self._weights))(
             *(_Weight(w.data.ctypes.data, w.format, w.rows, w.columns) for w in self._weights)

@@ -94,6 +94,15 @@ def test_inspect_ends_with_json(model):
     assert document["parameters"] == sum(count["parameters"] for count in document["formats"].values())
 
 
+def test_inspect_shows_the_program_before_and_after_fusion(model):
+    recorded = ridgeline("inspect", model, "--program").stdout
+    fused = ridgeline("inspect", model, "--program", "--fusion", "all").stdout
+    some = ridgeline("inspect", model, "--program", "--fusion", "residual").stdout
+    assert "store_kv(" in recorded and "store_kv(" not in fused and "residual=" in fused
+    assert len(recorded.splitlines()) > len(some.splitlines()) > len(fused.splitlines())
+    assert "unknown fusion rules ['faster']" in refused("inspect", model, "--program", "--fusion", "faster")
+
+
 def test_inspect_for_people(model):
     done = ridgeline("inspect", model, "--tensors")
     assert done.returncode == 0 and "blk.2.ffn_down.weight" in done.stdout

@@ -49,6 +49,11 @@ class NativeExecutor:
         """What is replayed: fused, without the values of the weights."""
         return self._native.program
 
+    @property
+    def isa(self) -> str:
+        """The instruction set that was chosen."""
+        return self._native.isa
+
     def forward(self, batch: ForwardBatch) -> npt.NDArray[np.floating]:
         return self._native.step(batch)
 
