@@ -56,7 +56,8 @@ struct rl_program {
     const rl_batch *batch = nullptr;
     std::vector<double> seconds;  // empty until somebody asks
 
-    Scratch<act_block> blocks;                    // the quantized input of a linear
+    Scratch<act_block> blocks;  // the quantized input of a linear
+    Scratch<wide_act_block> wide_blocks;
     Scratch<float> normed, queries, sink_queries;
     PagedAttention attention_of;
 
@@ -118,28 +119,33 @@ struct rl_program {
         const int64_t rows = rows_of(in.inputs[0]), k = buffers[in.inputs[0]].columns;
         const int num_matrices = in.ints[0], activation = in.ints[1];
         const bool is_glu = activation >= 0;
-        bool any_quantized = false;
+        bool any_narrow = false, any_wide = false;
         int64_t groups[4] = {0, 0, 0, 0};
         for (int i = 0; i < num_matrices; i++) {
             const rl_weight &w = weights[in.weights[i]];
-            any_quantized |= !is_float_format(w.format);
+            with_format(w.format, [&](auto p) {
+                if constexpr (!decltype(p)::is_float) (decltype(p)::wide ? any_wide : any_narrow) = true;
+            });
             groups[i + 1] = groups[i] + (is_glu && i == 1 ? 0 : groups_of(w.rows));
         }
         const int64_t total_groups = groups[num_matrices];
         const float *x = buffers[in.inputs[0]].address, *norm = vector(in.weights[6]);
         float *normed_x = norm ? normed.get(rows * k) : nullptr;
-        act_block *quantized_x = any_quantized ? blocks.get(rows * (k / kBlock)) : nullptr;
-        if (norm || any_quantized) {
+        act_block *narrow = any_narrow ? blocks.get(rows * (k / kBlock)) : nullptr;
+        wide_act_block *wide = any_wide ? wide_blocks.get(rows * (k / kBlock)) : nullptr;
+        if (norm || narrow || wide) {
             for_rows(rows, 4 * k, [&](int64_t r) {
                 const float *from = x + r * k;
                 if (norm) {
                     rms_norm_row(from, norm, k, in.floats[0], in.floats[1], normed_x + r * k);
                     from = normed_x + r * k;
                 }
-                if (any_quantized) quantize_row(from, k, quantized_x + r * (k / kBlock));
+                if (narrow) quantize_row(from, k, narrow + r * (k / kBlock));
+                if (wide) quantize_row(from, k, wide + r * (k / kBlock));
             });
             if (norm) x = normed_x;
         }
+        const activations input{x, narrow, wide};
 
         const int64_t panels = (rows + kPanelTokens - 1) / kPanelTokens;
         const int64_t chunk = std::max<int64_t>(1, total_groups / (8 * pool.size()));
@@ -150,32 +156,32 @@ struct rl_program {
                     int i = 0;
                     while (item >= groups[i + 1]) i++;
                     if (is_glu)
-                        glu_group(in, item, x, quantized_x, first, tokens, k, workspaces[thread]);
+                        glu_group(in, item, input, first, tokens, k, workspaces[thread]);
                     else
-                        linear_group(in, i, item - groups[i], x, quantized_x, first, tokens, k, workspaces[thread]);
+                        linear_group(in, i, item - groups[i], input, first, tokens, k, workspaces[thread]);
                 }
             });
         }
     }
 
     template <class Done>
-    void group_products(const rl_weight &w, int64_t group, const float *x, const act_block *q, int64_t first,
-                        int64_t tokens, int64_t k, Workspace &ws, const Done &done) {
+    void group_products(const rl_weight &w, int64_t group, activations input, int64_t first, int64_t tokens, int64_t k,
+                        Workspace &ws, const Done &done) {
         with_format(w.format, [&](auto p) {
             using P = decltype(p);
-            multiply_group<P>((const uint8_t *)w.address + group * P::group_bytes(k),
-                              q ? q + first * (k / kBlock) : nullptr, x + first * k, tokens, k, ws.unpacked, done);
+            multiply_group<P>((const uint8_t *)w.address + group * P::group_bytes(k), input.from(first, k), tokens, k,
+                              ws.unpacked, done);
         });
     }
 
-    void linear_group(const rl_instruction &in, int matrix, int64_t group, const float *x, const act_block *q,
-                      int64_t first, int64_t tokens, int64_t k, Workspace &ws) {
+    void linear_group(const rl_instruction &in, int matrix, int64_t group, activations input, int64_t first, int64_t tokens,
+                      int64_t k, Workspace &ws) {
         const rl_weight &w = weights[in.weights[matrix]];
         const int64_t column = group * kLanes, valid = std::min<int64_t>(kLanes, w.rows - column);
         const float *bias = vector(in.weights[3 + matrix]);
         const vf b = bias ? load_n(bias + column, valid) : zero();
         const int output = in.outputs[matrix], residual = in.inputs[1];
-        group_products(w, group, x, q, first, tokens, k, ws, [&](int64_t t, int64_t count, const float *sums) {
+        group_products(w, group, input, first, tokens, k, ws, [&](int64_t t, int64_t count, const float *sums) {
             for (int64_t m = 0; m < count; m++) {
                 vf y = load(sums + m * kLanes);
                 if (bias) y = ::add(y, b);
@@ -185,16 +191,16 @@ struct rl_program {
         });
     }
 
-    void glu_group(const rl_instruction &in, int64_t group, const float *x, const act_block *q, int64_t first,
-                   int64_t tokens, int64_t k, Workspace &ws) {
+    void glu_group(const rl_instruction &in, int64_t group, activations input, int64_t first, int64_t tokens, int64_t k,
+                   Workspace &ws) {
         const rl_weight &gate = weights[in.weights[0]], &up = weights[in.weights[1]];
         const int64_t column = group * kLanes, valid = std::min<int64_t>(kLanes, gate.rows - column);
         float *gates = ws.tile.get(kPanelTokens * kLanes);
-        group_products(gate, group, x, q, first, tokens, k, ws, [&](int64_t t, int64_t count, const float *sums) {
+        group_products(gate, group, input, first, tokens, k, ws, [&](int64_t t, int64_t count, const float *sums) {
             for (int64_t m = 0; m < count; m++)
                 store(gates + (t + m) * kLanes, activate(in.ints[1], load(sums + m * kLanes)));
         });
-        group_products(up, group, x, q, first, tokens, k, ws, [&](int64_t t, int64_t count, const float *sums) {
+        group_products(up, group, input, first, tokens, k, ws, [&](int64_t t, int64_t count, const float *sums) {
             for (int64_t m = 0; m < count; m++)
                 store_n(row(in.outputs[0], first + t + m) + column,
                         mul(load(gates + (t + m) * kLanes), load(sums + m * kLanes)), valid);
@@ -380,7 +386,7 @@ void rl_take_times(rl_program *program, double *seconds) {
 }
 
 int64_t rl_scratch_bytes(const rl_program *program) {
-    int64_t bytes = program->blocks.bytes() + program->normed.bytes() + program->queries.bytes() +
+    int64_t bytes = program->blocks.bytes() + program->wide_blocks.bytes() + program->normed.bytes() + program->queries.bytes() +
                     program->sink_queries.bytes() + program->attention_of.scratch_bytes();
     for (const Workspace &ws : program->workspaces)
         bytes += (int64_t)ws.unpacked.size() + ws.tile.bytes() + ws.values.bytes() + ws.scores.bytes();

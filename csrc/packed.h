@@ -32,11 +32,10 @@ template <int Bits, int Groups, int Zero, bool Mins> struct quantized {
     static constexpr bool is_float = false, mins = Mins;
     static constexpr int bits = Bits, groups = Groups;
     static constexpr int zero_shift = Zero;  // codes are centred on 2^zero_shift; -1: on 0
-    static constexpr int passes = Bits == 8 && kSplitBytes ? 2 : 1;
+    static constexpr bool wide = Bits == 8;  // signed bytes, which are multiplied with 16-bit activations
     static constexpr int block_bytes = 64 * Bits;
 
     static codes code(const uint8_t *block, int step) {
-        if constexpr (Bits == 8) return load_codes(block + 64 * step);
         if constexpr (Bits == 4) return nibble(block, step);
         if constexpr (Bits == 5) return codes_or(nibble(block, step), bit(block + 256, step, 4));
         if constexpr (Bits == 6) return codes_or(nibble(block, step), codes_left(two(block + 256, step), 4));
@@ -80,7 +79,7 @@ template <int Bits, int Groups, int Zero, bool Mins> struct quantized {
     static int get(const uint8_t *block, int row, int k) {
         const int step = k / 4, byte = 4 * row + k % 4;
         int c = 0;
-        if constexpr (Bits == 8) c = block[64 * step + byte];
+        if constexpr (Bits == 8) c = (int8_t)block[64 * step + byte];
         if constexpr (Bits >= 4 && Bits < 8) c = block[64 * (step % 4) + byte] >> (step < 4 ? 0 : 4) & 15;
         if constexpr (Bits == 5) c |= (block[256 + byte] >> step & 1) << 4;
         if constexpr (Bits == 6) c |= (block[256 + 64 * (step / 4) + byte] >> (2 * (step % 4)) & 3) << 4;
@@ -220,11 +219,11 @@ template <> struct packed<RL_Q5_1> : block_scaled<5, 4, true> {
         add_fifth_bits(row + 24 * b + 4, out.codes);
     }
 };
-template <> struct packed<RL_Q8_0> : block_scaled<8, 7, false> {
+template <> struct packed<RL_Q8_0> : block_scaled<8, -1, false> {
     static constexpr int file_bytes = 34;
     static void read(const uint8_t *row, int64_t b, row_block &out) {
         out.d = half_at(row + 34 * b);
-        for (int i = 0; i < kBlock; i++) out.codes[i] = row[34 * b + 2 + i] ^ 0x80;
+        std::memcpy(out.codes, row + 34 * b + 2, kBlock);
     }
 };
 template <> struct packed<RL_Q2_K> : super_scaled<2, 2, -1, true> {
@@ -322,10 +321,6 @@ template <class F> static inline bool with_format(int32_t format, const F &fn) {
         case RL_Q6_K: fn(packed<RL_Q6_K>{}); return true;
         default: return false;
     }
-}
-
-static inline bool is_float_format(int32_t format) {
-    return format == RL_F32 || format == RL_F16 || format == RL_BF16;
 }
 
 // Rows begin..end of [rows, k] from the file's layout; rows past the end are zero.

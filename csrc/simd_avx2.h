@@ -39,6 +39,10 @@ static inline void store_rounded(int8_t *p, vf v) {  // to nearest even
     words = _mm256_permute4x64_epi64(words, 0xd8);
     _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
+static inline void store_rounded(int16_t *p, vf v) {
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
+    _mm256_storeu_si256((__m256i *)p, _mm256_permute4x64_epi64(words, 0xd8));
+}
 static inline vf splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 static inline vf add(vf x, vf y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
 static inline vf sub(vf x, vf y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
@@ -89,7 +93,6 @@ struct codes {
 struct idot {  // 16-bit sums, two a row
     __m256i a, b;
 };
-constexpr bool kSplitBytes = true;  // 8-bit codes would overflow 16-bit sums: high and low nibbles apart
 
 static inline codes load_codes(const uint8_t *p) {
     return {_mm256_loadu_si256((const __m256i *)p), _mm256_loadu_si256((const __m256i *)(p + 32))};
@@ -151,6 +154,40 @@ static inline void activation_sums(const int8_t *x, int32_t totals[2], int32_t c
     totals[0] = total(corrections[0]);
     totals[1] = total(corrections[1]);
 }
+
+struct wide_dot {  // four rows a register, two 32-bit sums a row
+    __m256i q[4];
+};
+static inline wide_dot wide_zero() {
+    const __m256i z = _mm256_setzero_si256();
+    return {{z, z, z, z}};
+}
+// 16 rows x 4 signed bytes against four 16-bit values of each of M tokens.
+template <int M> static inline void wide_step(wide_dot *sums, const int8_t *bytes, const int16_t *const *four) {
+    __m256i x[M];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+        int64_t words;
+        std::memcpy(&words, four[m], 8);
+        x[m] = _mm256_set1_epi64x(words);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        const __m256i w = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(bytes + 16 * i)));
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            __m256i products;
+            asm volatile("vpmaddwd %3, %2, %1\n\tvpaddd %1, %0, %0" : "+x"(sums[m].q[i]), "=&x"(products) : "x"(w), "x"(x[m]));
+        }
+    }
+}
+static inline vf wide_finish(const wide_dot &sums) {
+    auto rows = [](__m256i low, __m256i high) {
+        return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xd8));
+    };
+    return {rows(sums.q[0], sums.q[1]), rows(sums.q[2], sums.q[3])};
+}
+constexpr int kWideTile = 2;   // tokens of a tile of signed bytes: 8 sums
 constexpr int kIntTile = 4;    // tokens of a tile of the quantized kernel: 8 sums in 16 registers
 constexpr int kFloatTile = 6;  // and of the float kernel: 12
 constexpr int kScoreRows = 6;  // query rows of the attention kernels

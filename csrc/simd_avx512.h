@@ -23,6 +23,9 @@ static inline void store(uint16_t *halves, vf v) {
 static inline void store_rounded(int8_t *p, vf v) {  // to nearest even
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
+static inline void store_rounded(int16_t *p, vf v) {
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+}
 static inline vf splat(float x) { return _mm512_set1_ps(x); }
 static inline vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
 static inline vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
@@ -45,7 +48,6 @@ static inline float largest(vf a) { return _mm512_reduce_max_ps(a); }
 
 typedef __m512i codes;
 typedef __m512i idot;
-constexpr bool kSplitBytes = false;  // 8-bit codes go through dot_step as they are
 
 static inline codes load_codes(const uint8_t *p) { return _mm512_loadu_si512(p); }
 static inline void store_codes(uint8_t *p, codes c) { _mm512_storeu_si512(p, c); }
@@ -78,6 +80,31 @@ static inline void activation_sums(const int8_t *x, int32_t totals[2], int32_t c
     }
     *correction = -totals[0] - totals[1];
 }
+
+struct wide_dot {  // eight rows a register, two 32-bit sums a row
+    __m512i low, high;
+};
+static inline wide_dot wide_zero() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+// 16 rows x 4 signed bytes against four 16-bit values of each of M tokens.
+template <int M> static inline void wide_step(wide_dot *sums, const int8_t *bytes, const int16_t *const *four) {
+    const __m512i low = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)bytes));
+    const __m512i high = _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(bytes + 32)));
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++) {
+        int64_t words;
+        std::memcpy(&words, four[m], 8);
+        const __m512i x = _mm512_set1_epi64(words);
+        sums[m].low = _mm512_dpwssd_epi32(sums[m].low, low, x);
+        sums[m].high = _mm512_dpwssd_epi32(sums[m].high, high, x);
+    }
+}
+static inline vf wide_finish(const wide_dot &sums) {
+    const __m512i first = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(1));
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_permutex2var_epi32(sums.low, first, sums.high),
+                                               _mm512_permutex2var_epi32(sums.low, second, sums.high)));
+}
+constexpr int kWideTile = 6;    // tokens of a tile of signed bytes: 12 sums
 constexpr int kIntTile = 8;     // tokens of a tile of the quantized kernel: 8 sums of each kind in 32 registers
 constexpr int kFloatTile = 12;  // and of the float kernel
 constexpr int kScoreRows = 12;  // query rows of the attention kernels

@@ -55,6 +55,10 @@ static inline void store_rounded(int8_t *p, vf v) {
     const vf r = round_even(v);
     for (int i = 0; i < 16; i++) p[i] = (int8_t)r.q[i / 4][i % 4];
 }
+static inline void store_rounded(int16_t *p, vf v) {
+    const vf r = round_even(v);
+    for (int i = 0; i < 16; i++) p[i] = (int16_t)r.q[i / 4][i % 4];
+}
 static inline vf add(vf x, vf y) {
     return map([&](int i) { return x.q[i] + y.q[i]; });
 }
@@ -102,7 +106,6 @@ struct codes {
 struct idot {
     int32_t s[16];
 };
-constexpr bool kSplitBytes = false;
 
 static inline codes load_codes(const uint8_t *p) {
     codes c;
@@ -153,4 +156,14 @@ static inline void activation_sums(const int8_t *x, int32_t totals[2], int32_t c
     }
     *correction = -totals[0] - totals[1];
 }
-constexpr int kIntTile = 4, kFloatTile = 4, kScoreRows = 4;
+
+typedef idot wide_dot;
+static inline wide_dot wide_zero() { return {}; }
+// 16 rows x 4 signed bytes against four 16-bit values of each of M tokens.
+template <int M> static inline void wide_step(wide_dot *sums, const int8_t *bytes, const int16_t *const *four) {
+    for (int m = 0; m < M; m++)
+        for (int r = 0; r < 16; r++)
+            for (int j = 0; j < 4; j++) sums[m].s[r] += bytes[4 * r + j] * four[m][j];
+}
+static inline vf wide_finish(const wide_dot &sums) { return dot_finish(sums); }
+constexpr int kIntTile = 4, kWideTile = 4, kFloatTile = 4, kScoreRows = 4;

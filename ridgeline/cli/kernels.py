@@ -514,6 +514,8 @@ def _kernel_of(format: str) -> str:
     bits = int(format[1])
     columns = 16 if format in ("Q2_K", "Q3_K", "Q6_K") else 32
     mins = " and a min" if format.endswith("_1") or format in ("Q2_K", "Q4_K", "Q5_K") else ""
+    inputs = "int16" if bits == 8 else "int8"
     return (
-        f"{bits}-bit codes in planes of {PLANES[bits]}, a scale{mins} for {columns} columns, int8 activations"
+        f"{bits}-bit codes in planes of {PLANES[bits]}, a scale{mins} for {columns} columns, "
+        f"{inputs} activations"
     )

@@ -2,8 +2,8 @@
 
 A case is a small Program with its inputs and what must come out. `Sketch` records the Program and computes
 the same ops in float64, straight from their definitions, and carries for every number how far float32 may
-be off. Where a kernel rounds on purpose (activations of a quantized matrix to 8 bits, K and V to the type of
-the pages) the reference rounds the same way, so tolerances are a few ulps and a single wrong code fails.
+be off. Where a kernel rounds on purpose (activations of a quantized matrix to 8 or 16 bits, K and V to the type
+of the pages) the reference rounds the same way, so tolerances are a few ulps and a single wrong code fails.
 
 Letters: T tokens, N x K a weight, H query heads, G KV heads, D head_dim.
 """
@@ -58,7 +58,7 @@ class BuiltCase:
     """weights, inputs, output and visible KV of the last step, each once"""
     attention: Impl = "flash"
     rounding_error: float | None = None
-    """largest difference that 8-bit activations make; None without a quantized matrix"""
+    """largest difference that rounded activations make; None without a quantized matrix"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +224,8 @@ class Sketch:
         rounded, x_error = x.value, x.error
         is_quantized = weight.format.name.startswith("Q")
         if is_quantized:
-            rounded, step, is_near_tie = quantized_activations(x.value, x.error)
+            levels = 32767 if weight.format.name == "Q8_0" else 127
+            rounded, step, is_near_tie = quantized_activations(x.value, x.error, levels)
             x_error = np.where(is_near_tie, step, 0) + np.where(x.error > 0, 8 * EPS * np.abs(rounded), 0)
             exact = x.value @ w.T
             error = float(np.abs(rounded @ w.T - exact)[self.last].max())
@@ -404,20 +405,22 @@ def make_weight(name: str, *shape: int, format: str, rng: np.random.Generator, s
     return Weight(name, fmt, shape, {"data": data.reshape(shape[0], -1) if len(shape) == 2 else data})
 
 
-def quantized_activations(x: Floats, error: Floats) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+def quantized_activations(
+    x: Floats, error: Floats, levels: int
+) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
     """x rounded as csrc/matmul.h does, per 32 columns; the step; and which codes `error` may move by one."""
     blocks = x.astype(np.float32).reshape(len(x), -1, 32)
     most = np.abs(blocks).max(-1, keepdims=True)
-    d = most / np.float32(127)
-    # A block below 2^-121 has no finite inverse: nothing is left of it.
-    inverse = np.divide(np.float32(127), most, out=np.zeros_like(most), where=most > 127 / FLOAT_MAX)
+    d = most / np.float32(levels)
+    # A tiny block has no finite inverse: nothing is left of it.
+    inverse = np.divide(np.float32(levels), most, out=np.zeros_like(most), where=most > levels / FLOAT_MAX)
     codes = blocks * inverse
     step = (d.astype(np.float64) + 0 * blocks).reshape(x.shape)
     rounded = (np.rint(codes).astype(np.float64) * d).reshape(x.shape)
     with np.errstate(invalid="ignore"):
         slack = np.where(step > 0, error / step, 0).reshape(blocks.shape)
     # An error of the largest value moves every code of its block.
-    slack = np.where(slack > 0, slack + slack.max(-1, keepdims=True) + 127 * EPS, 0)
+    slack = np.where(slack > 0, slack + slack.max(-1, keepdims=True) + levels * EPS, 0)
     is_near_tie = np.abs(np.abs(codes - np.trunc(codes)) - 0.5) < slack
     return rounded, step, is_near_tie.reshape(x.shape)
 
