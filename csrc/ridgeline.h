@@ -76,6 +76,19 @@ struct rl_batch {
     int32_t num_tokens, num_seqs, num_blocks_per_table, num_logits;
 };
 
+enum rl_event_kind : int16_t {
+    RL_EVENT_OP = 0,    // a whole instruction, seen from the caller, thread 0
+    RL_EVENT_BUSY = 1,  // another thread at work
+    RL_EVENT_WAIT = 2,  // thread 0 waiting for the others
+};
+
+// One range of one thread, in nanoseconds of the steady clock (CLOCK_MONOTONIC).
+struct rl_event {
+    int64_t begin_ns, end_ns;
+    int32_t instruction;  // -1: between steps (sampling)
+    int16_t thread, kind;
+};
+
 struct rl_program;
 
 // Copies the descriptions, not what they point to. nullptr when an opcode or format is unknown.
@@ -91,8 +104,12 @@ void rl_set_buffers(rl_program *program, const rl_buffer *buffers);
 // Run every instruction for one step. The caller is worker 0 of the pool and returns when all is done.
 void rl_step(rl_program *program, const rl_batch *batch);
 
-// Seconds that each instruction took since the last call, num_instructions of them; the first call starts the clocks.
-void rl_take_times(rl_program *program, double *seconds);
+// Between steps: record what every thread does, with room for `capacity` events of each; 0 stops recording.
+void rl_timeline_start(rl_program *program, int64_t capacity);
+
+// Write the events since the last call, thread by thread, and forget them; room for threads * capacity. Returns how many,
+// or -1 if a thread had no room for all of its own.
+int64_t rl_timeline_take(rl_program *program, rl_event *events);
 
 // Bytes that the program allocated itself and keeps between steps: quantized activations, attention's partial results.
 int64_t rl_scratch_bytes(const rl_program *program);
@@ -111,6 +128,14 @@ int64_t rl_packed_bytes(int32_t format, int32_t rows, int32_t columns);
 // `packed` is the start of the whole matrix, 64-byte aligned.
 void rl_pack(int32_t format, const void *file_rows, int32_t begin, int32_t end, int32_t rows, int32_t columns,
              void *packed);
+
+// Limits of the machine (limits.cpp), each on a pool of its own: seconds[0..repeats).
+// Read `bytes`, an equal part for each thread, `passes` times.
+void rl_limit_read(int32_t num_threads, int64_t bytes, int32_t passes, int32_t repeats, double *seconds);
+// Multiply-adds from registers, kind 0 float32, 1 int8 and 2 int16 as the kernels use them. Returns how many were done.
+int64_t rl_limit_compute(int32_t kind, int32_t num_threads, int64_t rounds, int32_t repeats, double *seconds);
+// Starting and joining all threads with nothing to do: seconds are of one round.
+void rl_limit_barrier(int32_t num_threads, int32_t rounds, int32_t repeats, double *seconds);
 
 // Whether this processor can run the library built for `isa` ("generic", "avx2", "avx512").
 int32_t rl_cpu_supports(const char *isa);

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <thread>
 #include <vector>
+
+#include "timeline.h"
 #if defined(__linux__)
 #include <linux/futex.h>
 #include <sys/syscall.h>
@@ -25,6 +27,13 @@ public:
         for (auto &worker : workers_) worker.join();
     }
     int size() const { return (int)shares_.size(); }
+    static void pause() {
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#endif
+    }
+
+    Timeline timeline;  // off unless somebody starts it
 
     // fn(begin, end, thread) over 0..num_items in chunks of `chunk`; returns when all are done.
     template <class F> void run(int64_t num_items, int64_t chunk, const F &fn) {
@@ -45,24 +54,22 @@ public:
         take(0);
         // Either a worker that begins now is counted here, or it sees that the work is closed.
         open_.store(false);
+        const int64_t waits = timeline.on() ? Timeline::now() : 0;
         for (int spin = 0; active_.load() > 0; spin++) spin < kSpins ? pause() : std::this_thread::yield();
+        if (timeline.on()) timeline.add(0, RL_EVENT_WAIT, waits);
     }
 
 private:
     static constexpr int kSpins = 20000;  // about 0.3 ms
 
-    static void pause() {
-#if defined(__x86_64__)
-        __builtin_ia32_pause();
-#endif
-    }
     void announce() {
         epoch_.fetch_add(1);
 #if defined(__linux__)
         if (sleepers_.load() > 0) syscall(SYS_futex, &epoch_, FUTEX_WAKE_PRIVATE, 1 << 30, nullptr, nullptr, 0);
 #endif
     }
-    void take(int thread) {
+    bool take(int thread) {  // whether there was anything left to do
+        bool any = false;
         for (int i = 0, n = size(); i < n; i++) {
             Share &share = shares_[(thread + i) % n];
             for (;;) {
@@ -70,8 +77,14 @@ private:
                 const int64_t begin = share.next.fetch_add(chunk_, std::memory_order_relaxed);
                 if (begin >= share.end) break;
                 call_(fn_, begin, begin + chunk_ < share.end ? begin + chunk_ : share.end, thread);
+                any = true;
             }
         }
+        return any;
+    }
+    void take_timed(int thread) {
+        const int64_t begin = Timeline::now();
+        if (take(thread)) timeline.add(thread, RL_EVENT_BUSY, begin);
     }
     void work(int thread) {
         int32_t seen = 0;
@@ -92,7 +105,7 @@ private:
             seen = epoch_.load();
             if (stop_) return;
             active_.fetch_add(1);
-            if (open_.load()) take(thread);
+            if (open_.load()) timeline.on() ? take_timed(thread) : (void)take(thread);
             active_.fetch_sub(1);
         }
     }

@@ -5,6 +5,8 @@
 #include <memory>
 #include <vector>
 
+static inline int64_t align64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 // Memory that grows and is never zeroed.
 template <class T> class Scratch {
 public:

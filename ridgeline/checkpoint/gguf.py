@@ -220,10 +220,11 @@ class _HeaderReader:
         return StringArray(self.buffer, bounds)
 
 
-def read_gguf(path: str | os.PathLike[str]) -> GGUFCheckpoint:
+def read_gguf(path: str | os.PathLike[str], *, header_only: bool = False) -> GGUFCheckpoint:
     """Map a GGUF file and read its header.
 
-    `CheckpointError` for any damage, `ModelNotFoundError` where no file can be opened.
+    header_only: the data need not be there, such as in the first megabytes of a download. `CheckpointError`
+    for any damage, `ModelNotFoundError` where no file can be opened.
     """
     path = Path(path)
     try:
@@ -252,6 +253,8 @@ def read_gguf(path: str | os.PathLike[str]) -> GGUFCheckpoint:
     metadata = _read_metadata(reader, num_keys)
     alignment = _checked_alignment(reader, metadata)
     tensors = _read_tensor_entries(reader, num_tensors, alignment)
+    if not header_only:
+        _check_ranges(reader, tensors.values())
     return GGUFCheckpoint(path, version, alignment, metadata, tensors, mapping)
 
 
@@ -310,12 +313,10 @@ def _read_tensor_entries(reader: _HeaderReader, num_tensors: int, alignment: int
         relative.append((name, block_format, shape, offset))
 
     data_start = _align(reader.at, alignment)
-    entries = {
+    return {
         name: TensorEntry(name, fmt, shape, data_start + offset, fmt.num_bytes(shape), reader.path)
         for name, fmt, shape, offset in relative
     }
-    _check_ranges(reader, entries.values())
-    return entries
 
 
 def _check_ranges(reader: _HeaderReader, entries: Iterable[TensorEntry]) -> None:

@@ -30,6 +30,14 @@ COMMANDS = {
     "serve": "Serve a model over the OpenAI API.",
     "inspect": "What is in a GGUF file or Hugging Face directory.",
     "synth": "Write a seeded model file of any shape, for tests and measurements.",
+    "bench": "Measure latency, throughput, startup or a server, with intervals; compare results.",
+    "profile": "Where the time goes, op by op and thread by thread, and what that says.",
+    "machine": "The limits of this machine, or of a described one.",
+    "roofline": "Bytes, FLOPs and predicted time of every op; the measured time beside it.",
+    "plan": "What fits in memory and how fast it will be, before anything is loaded.",
+    "eval": "Perplexity, divergence from a reference, needle in a context.",
+    "simulate": "A workload through the real scheduler with predicted step times, without tensors.",
+    "ladder": "Climb from the naive loop to the full engine, one switch at a time.",
     "kernels": "Test, time and explain the native kernels on this machine.",
 }
 for _name, _summary in COMMANDS.items():

@@ -7,14 +7,24 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter, Token
 
-from ridgeline.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
+from ridgeline.config import (  # the names in inherited annotations are looked up in this module
+    AttentionImpl,  # noqa: F401
+    CacheConfig,
+    DType,  # noqa: F401
+    EngineConfig,
+    Executor,  # noqa: F401
+    LoadConfig,
+    SchedulerConfig,
+)
+from ridgeline.errors import ConfigError
 from ridgeline.sampling_params import SamplingParams
 
 SHORT_NAMES = {"model": "-m"}
@@ -52,7 +62,30 @@ class ChatParams(CommandParams):
     max_tokens: int | None = 512
 
 
-for _group in (EngineConfig, LoadConfig, CacheConfig, SchedulerConfig, GreedyParams, ChatParams):
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DescribedConfig(EngineConfig):
+    """EngineConfig where nothing is run, so that the device may be one that is not here."""
+
+    device: str | None = None  # type: ignore[assignment]
+    """An accelerator by its data sheet, such as h100; None: this machine, as measured."""
+
+    @property
+    def runnable(self) -> EngineConfig:
+        """The same settings without the device."""
+        return EngineConfig(
+            **{f.name: getattr(self, f.name) for f in fields(EngineConfig)} | {"device": None}
+        )
+
+
+for _group in (
+    EngineConfig,
+    DescribedConfig,
+    LoadConfig,
+    CacheConfig,
+    SchedulerConfig,
+    GreedyParams,
+    ChatParams,
+):
     Parameter(name="*")(_group)
 
 
@@ -70,3 +103,24 @@ def make_app(**settings: Any) -> App:
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on one line, the last that a command prints."""
     sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def say(line: str) -> None:
+    """A message to the person who waits: stderr, so that results can be piped."""
+    sys.stderr.write(line + "\n")
+
+
+def read_bytes(text: str, flag: str) -> int:
+    """A size such as 16GiB, 80GB, 500MB or 1073741824. Raises ConfigError naming the flag."""
+    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    try:
+        assert match is not None
+        number, prefix, binary = match.groups()
+        return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
+    except (AssertionError, ValueError):
+        raise ConfigError(f"{flag} {text}: expected a size such as 16GiB, 80GB or 500MB") from None
+
+
+def show_bytes(num_bytes: float) -> str:
+    """MiB, or GiB from one on."""
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

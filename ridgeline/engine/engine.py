@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from ridgeline.config import EngineConfig
+from ridgeline.config import EngineConfig, ModelConfig
 from ridgeline.engine.executors import StepHandle, make_executor, unavailable_executors
 from ridgeline.engine.memory import plan_cache
 from ridgeline.engine.outputs import OutputProcessor
@@ -23,6 +23,7 @@ from ridgeline.engine.scheduler import Scheduler, StepPlan
 from ridgeline.engine.stats import EngineStats
 from ridgeline.errors import RequestError
 from ridgeline.kvcache.block_pool import BlockPool
+from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.kvcache.manager import BlockManager
 from ridgeline.models.load import LoadedModel, load_model
 from ridgeline.models.locate import locate_model
@@ -34,6 +35,23 @@ Prompt = str | Mapping[str, Any]
 """Text, {"prompt": text} or {"prompt_token_ids": [...]}: the forms of vLLM's offline API."""
 
 
+def make_scheduler(
+    config: EngineConfig, model: ModelConfig, layout: CacheLayout, *, eos_token_ids: tuple[int, ...]
+) -> Scheduler:
+    """The scheduler of a resolved config, with the blocks of `layout`; `bench.simulate` uses it too."""
+    cache = config.cache
+    assert cache.enable_prefix_caching is not None and config.max_model_len
+    pool = BlockPool(layout.num_blocks, layout.block_size, enable_prefix_caching=cache.enable_prefix_caching)
+    window = model.sliding_window if model.window_is_global else None
+    return Scheduler(
+        config.scheduler,
+        BlockManager(pool, window=window, num_sinks=model.num_sinks),
+        max_model_len=config.max_model_len,
+        eos_token_ids=eos_token_ids,
+        kv_cache=cache.kv_cache,
+    )
+
+
 class LLMEngine:
     """Owns the executor with its cache, and every request between arrival and finish."""
 
@@ -42,29 +60,14 @@ class LLMEngine:
     ) -> None:
         """Resolve the settings for this model and build the parts, the executor first. Raises ConfigError."""
         config = config.resolve(model.config, unavailable=unavailable_executors())
-        cache, max_model_len = config.cache, config.max_model_len
-        assert cache.block_size and cache.enable_prefix_caching is not None and max_model_len
-        self.model = model
+        assert config.max_model_len
         self.layout = plan_cache(config, model.config)
-        self.config = replace(config, max_model_len=min(max_model_len, self.layout.num_slots))
+        self.config = replace(config, max_model_len=min(config.max_model_len, self.layout.num_slots))
         self.executor = make_executor(self.config, model, self.layout)
+        self.model = model.without_data()  # the executor has the values in its own form
         self.tokenizer = tokenizer.result() if isinstance(tokenizer, Future) else tokenizer
-        windowed = model.config.window_is_global
-        manager = BlockManager(
-            BlockPool(
-                self.layout.num_blocks,
-                cache.block_size,
-                enable_prefix_caching=cache.enable_prefix_caching,
-            ),
-            window=model.config.sliding_window if windowed else None,
-            num_sinks=model.config.num_sinks,
-        )
-        self.scheduler = Scheduler(
-            config.scheduler,
-            manager,
-            max_model_len=max_model_len,
-            eos_token_ids=self._eos_token_ids(),
-            kv_cache=cache.kv_cache,
+        self.scheduler = make_scheduler(
+            config, model.config, self.layout, eos_token_ids=self._eos_token_ids()
         )
         self.stats = EngineStats(self.scheduler)
         self._outputs = OutputProcessor(self.tokenizer)

@@ -14,12 +14,13 @@ import numpy as np
 
 from ridgeline.checkpoint.checkpoint import Checkpoint, missing_tensor
 from ridgeline.checkpoint.gguf import read_gguf
-from ridgeline.checkpoint.safetensors import read_hf
+from ridgeline.checkpoint.safetensors import read_hf, read_json
 from ridgeline.config import LoadConfig, ModelConfig
 from ridgeline.errors import CheckpointError
 from ridgeline.logs import logger
 from ridgeline.models.registry import ModelSpec, expected_shapes, spec_for
 from ridgeline.models.surgery import change_config, change_kv_heads, unpermute
+from ridgeline.quant.formats import FORMATS, QuantFormat
 from ridgeline.quant.weight import Weight
 
 IGNORED_TENSORS = ("rope_freqs.weight", "rotary_emb.inv_freq", "output_norm_enc.weight")
@@ -35,6 +36,11 @@ class LoadedModel:
     """By canonical name; lm_head is the same object as embed_tokens where they are tied."""
     checkpoint: Checkpoint | None
     """None for a model that was made in memory."""
+
+    def without_data(self) -> LoadedModel:
+        """Shapes and formats only, for who has taken the values."""
+        bare = {id(weight): weight.without_data() for weight in self.weights.values()}
+        return replace(self, weights={name: bare[id(weight)] for name, weight in self.weights.items()})
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -64,13 +70,53 @@ def load_model(path: str | Path, load: LoadConfig | None = None) -> LoadedModel:
     return LoadedModel(config, weights, checkpoint)
 
 
-def _read_config(checkpoint: Checkpoint, spec: ModelSpec, file: str) -> ModelConfig:
+def describe_model(path: str | Path, load: LoadConfig | None = None) -> LoadedModel:
+    """A model without its values: config, shapes and formats, from headers alone.
+
+    A GGUF file may end after its header; of a Hugging Face model config.json is enough, whose `torch_dtype`
+    (`dtype`) is then the format of all weights. Raises CheckpointError, ModelNotFoundError.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix == ".json":
+        path = path.parent
+    formats: dict[str, QuantFormat] = {}
+    checkpoint: Checkpoint | None = None
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        metadata = read_json(path / "config.json")
+        spec = spec_for("hf", metadata, file=str(path))
+        original = spec.config_from_hf(metadata, file=str(path / "config.json"))
+        dtype = str(metadata.get("dtype", metadata.get("torch_dtype", "bfloat16")))
+        default = FORMATS[{"float32": "F32", "float16": "F16"}.get(dtype, "BF16")]
+    else:
+        checkpoint = read_hf(path) if path.is_dir() else read_gguf(path, header_only=True)
+        spec = spec_for(checkpoint.kind, checkpoint.metadata, file=str(path))
+        original = _read_config(checkpoint, spec, str(path), with_data=False)
+        prefix, is_gguf = _hf_prefix(checkpoint), checkpoint.kind == "gguf"
+        for name in expected_shapes(original):
+            stored = _stored_name(spec, name, is_gguf=is_gguf, prefix=prefix)
+            if stored not in checkpoint.tensors:
+                raise missing_tensor(checkpoint.path, stored, checkpoint.tensors)
+            formats[name] = checkpoint.tensors[stored].format
+        default = FORMATS["F32"]
+    config = change_config(original, load or LoadConfig())
+    weights = {
+        name: Weight(name, formats.get(name, default), shape, {})
+        for name, shape in expected_shapes(config).items()
+    }
+    if original.tie_embeddings:
+        weights["lm_head"] = weights["embed_tokens"]
+    return LoadedModel(config, weights, checkpoint)
+
+
+def _read_config(
+    checkpoint: Checkpoint, spec: ModelSpec, file: str, *, with_data: bool = True
+) -> ModelConfig:
     if checkpoint.kind == "hf":
         config = spec.config_from_hf(checkpoint.metadata, file=f"{file}/config.json")
     else:
         names = frozenset(checkpoint.tensors)
         config = spec.config_from_gguf(checkpoint.metadata, file=file, tensors=names)
-        if "rope_freqs.weight" in names:
+        if with_data and "rope_freqs.weight" in names:
             divisors = checkpoint.weight("rope_freqs.weight").dequantize()
             expected = (config.rope.rotary_dim // 2,)
             if divisors.shape != expected or not np.all((divisors > 0) & np.isfinite(divisors)):
@@ -95,15 +141,12 @@ def _read_config(checkpoint: Checkpoint, spec: ModelSpec, file: str) -> ModelCon
 
 def _read_weights(checkpoint: Checkpoint, spec: ModelSpec, config: ModelConfig) -> dict[str, Weight]:
     file, is_gguf = str(checkpoint.path), checkpoint.kind == "gguf"
-    to_file = spec.names.to_gguf if is_gguf else spec.names.to_hf
     shapes = expected_shapes(config)
     prefix = _hf_prefix(checkpoint)
     weights: dict[str, Weight] = {}
     used: set[str] = set()
     for name, shape in shapes.items():
-        stored = to_file(name)
-        if not is_gguf and stored.startswith("model."):
-            stored = prefix + stored.removeprefix("model.")
+        stored = _stored_name(spec, name, is_gguf=is_gguf, prefix=prefix)
         if stored not in checkpoint.tensors:
             raise missing_tensor(checkpoint.path, stored, checkpoint.tensors)
         found = checkpoint.tensors[stored].shape
@@ -130,6 +173,14 @@ def _check_unused(checkpoint: Checkpoint, names: list[str], config: ModelConfig)
         logger.warning(
             "%s: %d tensors are not used, such as %s", checkpoint.path, len(names), ", ".join(names[:3])
         )
+
+
+def _stored_name(spec: ModelSpec, name: str, *, is_gguf: bool, prefix: str) -> str:
+    """What the file calls a weight."""
+    if is_gguf:
+        return spec.names.to_gguf(name)
+    stored = spec.names.to_hf(name)
+    return prefix + stored.removeprefix("model.") if stored.startswith("model.") else stored
 
 
 def _hf_prefix(checkpoint: Checkpoint) -> str:

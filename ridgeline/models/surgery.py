@@ -14,6 +14,7 @@ import numpy as np
 from ridgeline.config import LoadConfig, ModelConfig, RopeConfig
 from ridgeline.errors import ConfigError
 from ridgeline.models.rope import rope_from_hf
+from ridgeline.ops.packing import give_back
 from ridgeline.quant.formats import FORMATS, Array
 from ridgeline.quant.weight import Weight
 
@@ -86,6 +87,7 @@ def map_rows(weight: Weight, change: Callable[[Array], Array]) -> Weight:
     """A weight whose rows (dimension 0) were moved or repeated; its bytes stay what they are."""
     data = weight.data
     changed = np.ascontiguousarray(change(data)).reshape(-1, *data.shape[1:])
+    give_back(data)
     return Weight(weight.name, weight.format, (changed.shape[0], *weight.shape[1:]), {"data": changed})
 
 

@@ -88,6 +88,20 @@ class _Batch(ctypes.Structure):
     ] + [(name, ctypes.c_int32) for name in ("num_tokens", "num_seqs", "num_blocks_per_table", "num_logits")]
 
 
+EVENT = np.dtype(
+    [
+        ("begin_ns", np.int64),
+        ("end_ns", np.int64),
+        ("instruction", np.int32),
+        ("thread", np.int16),
+        ("kind", np.int16),
+    ]
+)
+"""One range of a thread (`rl_event`), in ns of time.perf_counter_ns; instruction -1: between steps."""
+EVENT_OP, EVENT_BUSY, EVENT_WAIT = 0, 1, 2
+"""A whole instruction as thread 0 sees it; another thread at work; thread 0 waiting for the others."""
+
+
 def _folders() -> list[Path]:
     """Where libraries may be: an editable install keeps them apart from the sources."""
     package = importlib.util.find_spec("ridgeline")
@@ -112,12 +126,19 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "rl_destroy": (None, [ctypes.c_void_p]),
     "rl_set_buffers": (None, [ctypes.c_void_p] * 2),
     "rl_step": (None, [ctypes.c_void_p] * 2),
-    "rl_take_times": (None, [ctypes.c_void_p] * 2),
+    "rl_timeline_start": (None, [ctypes.c_void_p, ctypes.c_int64]),
+    "rl_timeline_take": (ctypes.c_int64, [ctypes.c_void_p] * 2),
     "rl_scratch_bytes": (ctypes.c_int64, [ctypes.c_void_p]),
     "rl_greedy": (None, [ctypes.c_void_p] * 2 + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 3),
     "rl_top_k": (ctypes.c_int32, [ctypes.c_void_p] + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 2),
     "rl_packed_bytes": (ctypes.c_int64, [ctypes.c_int32] * 3),
     "rl_pack": (None, [ctypes.c_int32, ctypes.c_void_p] + [ctypes.c_int32] * 4 + [ctypes.c_void_p]),
+    "rl_limit_read": (None, [ctypes.c_int32, ctypes.c_int64] + [ctypes.c_int32] * 2 + [ctypes.c_void_p]),
+    "rl_limit_compute": (
+        ctypes.c_int64,
+        [ctypes.c_int32] * 2 + [ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p],
+    ),
+    "rl_limit_barrier": (None, [ctypes.c_int32] * 3 + [ctypes.c_void_p]),
     "rl_cpu_supports": (ctypes.c_int32, [ctypes.c_char_p]),
 }
 
@@ -232,6 +253,8 @@ class NativeProgram:
         Raises ConfigError for an attention shape that the kernels do not take.
         """
         self.isa, self._library = load_library(isa)
+        self.num_threads = num_threads
+        self._event_capacity = 0
         self._plan = program.plan_buffers()
         self._max_tokens = max_tokens
         _check_attention(program, layout)
@@ -349,11 +372,32 @@ class NativeProgram:
         )
         return ids[:found], values[:found]
 
+    def record_events(self, capacity: int | None = None) -> None:
+        """Start to record what each thread does: once more, or with another capacity, it starts anew.
+
+        `capacity`: events of a thread between two `take_events`; None: enough for any step; 0: stop.
+        """
+        if capacity is None:
+            # A linear runs the pool once for every 128 tokens and once more to quantize; others less often.
+            capacity = 1024 + (8 + self._max_tokens // 64) * len(self.program.instructions)
+        self._event_capacity = capacity
+        self._library.rl_timeline_start(self._handle, capacity)
+
+    def take_events(self) -> npt.NDArray[np.void]:
+        """The events (of dtype EVENT) since the last call, thread by thread; within one by their ends."""
+        events = np.empty(max(1, self.num_threads) * self._event_capacity, EVENT)
+        count = self._library.rl_timeline_take(self._handle, events.ctypes.data)
+        assert count >= 0, f"more than {self._event_capacity} events of one thread"
+        return events[:count].copy()
+
     def take_times(self) -> npt.NDArray[np.float64]:
-        """Seconds of each instruction since the last call; the first call starts the clocks."""
-        seconds = np.empty(len(self.program.instructions), np.float64)
-        self._library.rl_take_times(self._handle, seconds.ctypes.data)
-        return seconds
+        """Seconds of each instruction since the last call; the first call starts to record."""
+        if not self._event_capacity:
+            self.record_events()
+        events = self.take_events()
+        whole = events[events["kind"] == EVENT_OP]
+        seconds = (whole["end_ns"] - whole["begin_ns"]) / 1e9
+        return np.bincount(whole["instruction"], seconds, len(self.program.instructions)).astype(np.float64)
 
     @property
     def scratch_bytes(self) -> int:

@@ -65,6 +65,11 @@ class Packer:
         with _new_cache(cache, total) as memory:
             return self._pack_all(weights, memory, filled=False)
 
+    def num_bytes(self, weights: Sequence[Weight]) -> int:
+        """What `pack` would take, from shapes and formats alone."""
+        vectors = sum(4 * weight.num_elements for weight in weights if len(weight.shape) == 1)
+        return vectors + sum(self._place(weight)[1] for weight in weights)
+
     def _pack_all(
         self, weights: Sequence[Weight], memory: Bytes | None, *, filled: bool
     ) -> list[PackedWeight]:
@@ -114,7 +119,7 @@ class Packer:
                 columns,
                 packed.ctypes.data,
             )
-            _give_back(part)
+            give_back(part)
 
         list(parallel(pack, range(0, rows, _PACK_ROWS)))
 
@@ -131,7 +136,7 @@ def aligned_bytes(num_bytes: int) -> npt.NDArray[np.uint8]:
     return memory[start : start + num_bytes]
 
 
-def _give_back(part: npt.NDArray[np.generic]) -> None:
+def give_back(part: npt.NDArray[np.generic]) -> None:
     """Let the system drop the pages of a mapped file that lie inside `part`; they can be read again."""
     base: Any = part
     while isinstance(base, np.ndarray):

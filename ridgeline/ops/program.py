@@ -129,6 +129,12 @@ class StepShape:
                 total += seen
         return total
 
+    def num_cached_read(self, window: int | None, num_sinks: int) -> int:
+        """Tokens whose K and V some query of the step sees, each counted once for its sequence."""
+        if window is None:
+            return sum(seq_len for _, seq_len in self.sequences)
+        return sum(min(seq_len, num_new - 1 + window + num_sinks) for num_new, seq_len in self.sequences)
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -191,6 +197,43 @@ class Program:
             assert (window is None or isinstance(window, int)) and isinstance(num_sinks, int)
             return 4 * self.buffers[instruction.outputs[0]].columns * shape.num_visible(window, num_sinks)
         return 0
+
+    def bytes(self, shape: StepShape, *, kv_token_bytes: int) -> int:
+        """Bytes that a step of `shape` reads and writes, instruction by instruction.
+
+        `kv_token_bytes`: K and V of one token in one layer, in the cache's type.
+        """
+        return sum(
+            self.instruction_bytes(instruction, shape, kv_token_bytes=kv_token_bytes)
+            for instruction in self.instructions
+        )
+
+    def instruction_bytes(self, instruction: Instruction, shape: StepShape, *, kv_token_bytes: int) -> int:
+        """Each weight once in its file's format, float32 activations in and out, K and V read and written.
+
+        An embedding reads the rows of its tokens only. Attention reads what its queries see once for each
+        sequence: the least that a kernel could do, and what one does whose query tiles stay in the cache.
+        """
+        outputs = sum(4 * self.num_rows(i, shape) * self.buffers[i].columns for i in instruction.outputs)
+        inputs = sum(4 * self.num_rows(i, shape) * self.buffers[i].columns for i in instruction.read_buffers)
+        weights = sum(self.weights[w].num_bytes for w in instruction.read_weights)
+        if instruction.outputs and not outputs:
+            return 0  # a head without rows
+        match instruction.opcode:
+            case Opcode.EMBED:
+                table = self.weights[instruction.read_weights[0]]
+                return outputs + shape.num_tokens * table.num_bytes // table.shape[0]
+            case Opcode.GATHER_ROWS:
+                return 2 * outputs
+            case Opcode.STORE_KV:
+                return inputs + shape.num_tokens * kv_token_bytes
+            case Opcode.ATTENTION:
+                window, num_sinks = instruction.attribute("window"), instruction.attribute("num_sinks")
+                assert (window is None or isinstance(window, int)) and isinstance(num_sinks, int)
+                stores = len(instruction.inputs) > 2 and instruction.inputs[2] is not None
+                num_moved = shape.num_cached_read(window, num_sinks) + stores * shape.num_tokens
+                return inputs + weights + outputs + num_moved * kv_token_bytes
+        return inputs + weights + outputs
 
     def activation_bytes(self, *, max_tokens: int, max_logits: int) -> int:
         """Bytes of the planned float32 buffers for the largest step."""

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ridgeline.checkpoint.checkpoint import cache_directory
-from ridgeline.config import DType, EngineConfig
+from ridgeline.config import EngineConfig
 from ridgeline.engine.executors import FinishedStep
 from ridgeline.engine.sampler import sample_plan
 from ridgeline.engine.scheduler import StepPlan
@@ -27,14 +27,15 @@ from ridgeline.quant.weight import Weight
 
 
 class NativeExecutor:
-    """Owns the Program of one model, its buffers and pages."""
+    """Owns the Program of one model with its buffers and pages: `native`."""
 
     def __init__(self, config: EngineConfig, model: LoadedModel, layout: CacheLayout) -> None:
         assert config.max_model_len and config.scheduler.max_num_batched_tokens and config.attention
         self._block_size = layout.block_size
-        weights = model.weights if config.dtype is None else _stored_as(config.dtype, model.weights)
-        recorded = record_decoder(model.config, weights, max_model_len=config.max_model_len)
-        self._native = NativeProgram(
+        recorded = record_decoder(
+            model.config, stored_weights(config, model), max_model_len=config.max_model_len
+        )
+        self.native = NativeProgram(
             fuse(recorded, rules_named(config.fusion)),
             layout,
             max_tokens=config.scheduler.max_num_batched_tokens,
@@ -47,29 +48,31 @@ class NativeExecutor:
     @property
     def program(self) -> Program:
         """What is replayed: fused, without the values of the weights."""
-        return self._native.program
+        return self.native.program
 
     @property
     def isa(self) -> str:
         """The instruction set that was chosen."""
-        return self._native.isa
+        return self.native.isa
 
     def forward(self, batch: ForwardBatch) -> npt.NDArray[np.floating]:
-        return self._native.step(batch)
+        return self.native.step(batch)
 
     def submit(self, plan: StepPlan) -> FinishedStep:
         batch = ForwardBatch.from_rows(plan.rows, block_size=self._block_size)
-        return FinishedStep(sample_plan(self._native.step(batch), plan.rows, self._native))
+        return FinishedStep(sample_plan(self.native.step(batch), plan.rows, self.native))
 
     def close(self) -> None:
-        self._native.close()
+        self.native.close()
 
 
-def _stored_as(dtype: DType, weights: Mapping[str, Weight]) -> dict[str, Weight]:
-    """Matrices in another float format; a tied one stays one object."""
-    format = FORMATS[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[dtype]]
-    converted = {id(w): w.converted(format) if len(w.shape) > 1 else w for w in weights.values()}
-    return {name: converted[id(weight)] for name, weight in weights.items()}
+def stored_weights(config: EngineConfig, model: LoadedModel) -> Mapping[str, Weight]:
+    """Matrices in the float format of `dtype`, where it is given; a tied one stays one object."""
+    if config.dtype is None:
+        return model.weights
+    format = FORMATS[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[config.dtype]]
+    converted = {id(w): w.converted(format) if len(w.shape) > 1 else w for w in model.weights.values()}
+    return {name: converted[id(weight)] for name, weight in model.weights.items()}
 
 
 def _cache_file(config: EngineConfig, model: LoadedModel, program: Program) -> Path | None:

@@ -1,0 +1,1 @@
+"""What the machine can do, what a step needs, and where its time goes."""

@@ -1,0 +1,281 @@
+"""Time from arithmetic: what a Program must read and compute, over what the machine can do.
+
+Two answers for every instruction. The *bound* divides its bytes and FLOPs by the machine's limits and takes
+the larger: no implementation can be faster (Williams, Waterman and Patterson, "Roofline: an insightful visual
+performance model", 2009). The *prediction* uses the rates that our kernels reach on generic shapes (`rates`)
+and adds what a step costs outside of them: it is what the engine should take, and its error is measured.
+
+Sequences are (new tokens, tokens in the cache after the step), as in `StepShape`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ridgeline.config import EngineConfig
+from ridgeline.engine.executors.native import stored_weights
+from ridgeline.engine.memory import plan_cache
+from ridgeline.errors import ConfigError
+from ridgeline.kvcache.layout import CacheLayout
+from ridgeline.models.decoder import record_decoder
+from ridgeline.models.load import LoadedModel
+from ridgeline.ops.fuse import fuse, rules_named
+from ridgeline.ops.packing import WEIGHT_FORMATS
+from ridgeline.ops.program import Instruction, Opcode, Program, StepShape
+from ridgeline.profiling.machine import MachineLimits
+from ridgeline.profiling.rates import COLUMNS, AttentionRate, KernelRates, LinearRate
+
+FLOAT_FORMATS = ("F64", "F32", "F16", "BF16")
+WIDE_FORMATS = ("Q8_0",)
+"""8-bit codes, which the kernels multiply with 16-bit activations."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpEstimate:
+    """Instructions of one kind in one step, together."""
+
+    name: str
+    count: int
+    num_bytes: int
+    flops: int
+    bound_s: float
+    predicted_s: float | None
+    """None without rates: a described device."""
+    is_compute_bound: bool
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per byte."""
+        return self.flops / self.num_bytes if self.num_bytes else 0.0
+
+
+class Predictor:
+    """Owns a fused Program with what is known about the machine that shall run it."""
+
+    def __init__(
+        self, program: Program, layout: CacheLayout, limits: MachineLimits, rates: KernelRates | None
+    ) -> None:
+        self.program = program
+        self.limits = limits
+        self._layout = layout
+        self._kv_token_bytes = layout.num_bytes // (layout.num_layers * layout.num_slots)
+        self._rates = rates
+        self._model_bytes = program.weight_bytes()
+        self._linear_rates: dict[str, Mapping[int, LinearRate]] = {}
+        self._attention_rates: Mapping[tuple[int, int], AttentionRate] | None = None
+        self._known: dict[tuple[int, ...], float] = {}
+        self._kinds = Counter(kind_of(i, program) for i in program.instructions)
+        self._examples = {kind_of(i, program): i for i in program.instructions}
+
+    @classmethod
+    def for_model(
+        cls, model: LoadedModel, config: EngineConfig, limits: MachineLimits, rates: KernelRates | None = None
+    ) -> Predictor:
+        """For the native executor with the settings of `config`, resolved or not. Reads no weights.
+
+        Raises ConfigError where the settings cannot run on native, for which alone there are rates.
+        """
+        resolved = config.resolve(model.config, unavailable={})
+        if rates is not None and resolved.executor != "native":
+            raise ConfigError(
+                f"executor={resolved.executor!r} cannot be predicted: only the kernels of 'native' are known"
+            )
+        assert resolved.max_model_len
+        weights = stored_weights(resolved, model) if resolved.executor == "native" else model.weights
+        recorded = record_decoder(model.config, weights, max_model_len=resolved.max_model_len)
+        program = fuse(recorded, rules_named(resolved.fusion)) if resolved.executor == "native" else recorded
+        return cls(program, plan_cache(resolved, model.config), limits, rates)
+
+    def step_s(self, sequences: Sequence[tuple[int, int]], num_logits: int) -> float:
+        """Seconds of one engine step; the bound where there are no rates.
+
+        Steps of about the same shape are computed once, so that a long simulation is quick.
+        """
+        prefills = [(new, length) for new, length in sequences if new > 1]
+        decodes = [length for new, length in sequences if new == 1]
+        mean = sum(decodes) // len(decodes) // 8 * 8 if decodes else 0
+        key = (num_logits, len(decodes), mean, *(n for pair in prefills for n in pair))
+        if key not in self._known:
+            shape = StepShape((*prefills, *((1, max(mean, 1)),) * len(decodes)), num_logits)
+            self._known[key] = self._step_s(shape)
+        return self._known[key]
+
+    def _step_s(self, shape: StepShape) -> float:
+        total = 0.0
+        for estimate in self.estimates(shape):
+            total += estimate.bound_s if estimate.predicted_s is None else estimate.predicted_s
+        return total + self.overhead_s(shape)
+
+    def overhead_s(self, shape: StepShape) -> float:
+        """Seconds of a step outside of the kernels."""
+        if self._rates is None:
+            return 0.0
+        rate = self._rates.engine()
+        num_values = shape.num_logits * self.program.buffers[self.program.output].columns
+        return rate.step_s + rate.sequence_s * len(shape.sequences) + rate.logit_s * num_values
+
+    def prefill_s(self, num_tokens: int, *, chunk: int = 512) -> float:
+        """TTFT of one prompt on an idle engine, in chunks of `chunk` tokens."""
+        ends = [*range(chunk, num_tokens, chunk), num_tokens]
+        starts = [0, *ends[:-1]]
+        return sum(
+            self.step_s([(end - start, end)], int(end == num_tokens))
+            for start, end in zip(starts, ends, strict=True)
+        )
+
+    def decode_s(self, batch: int, context: int) -> float:
+        """TPOT: one step of `batch` sequences whose context becomes `context` tokens."""
+        return self.step_s([(1, context)] * batch, batch)
+
+    def estimates(self, shape: StepShape) -> list[OpEstimate]:
+        """Every kind of instruction in the order of the Program."""
+        found = []
+        for name, count in self._kinds.items():
+            instruction = self._examples[name]
+            num_bytes = self.program.instruction_bytes(
+                instruction, shape, kv_token_bytes=self._kv_token_bytes
+            )
+            flops = self.program.instruction_flops(instruction, shape)
+            memory_s, compute_s = self._bound(instruction, num_bytes, flops)
+            predicted = self._predict(instruction, shape, num_bytes) if self._rates is not None else None
+            found.append(
+                OpEstimate(
+                    name=name,
+                    count=count,
+                    num_bytes=count * num_bytes,
+                    flops=count * flops,
+                    bound_s=count * max(memory_s, compute_s),
+                    predicted_s=None if predicted is None else count * predicted,
+                    is_compute_bound=compute_s > memory_s,
+                )
+            )
+        return found
+
+    def _bound(self, instruction: Instruction, num_bytes: int, flops: int) -> tuple[float, float]:
+        """Seconds of memory and of arithmetic at the machine's limits."""
+        is_large = bool(instruction.matrices) or instruction.opcode is Opcode.ATTENTION
+        # Weights and pages come from where a whole step's bytes fit; activations stay in the nearest cache.
+        gb_s = self.limits.read_gb_s(self._model_bytes if is_large else num_bytes)
+        peak = self.limits.fp32_gflop_s
+        if instruction.matrices:
+            peak = min(self._peak(self.program.weights[w].format.name) for w in instruction.matrices)
+        return num_bytes / gb_s / 1e9, flops / peak / 1e9
+
+    def _peak(self, format: str) -> float:
+        if format in FLOAT_FORMATS:
+            return self.limits.fp32_gflop_s
+        return self.limits.int16_gop_s if format in WIDE_FORMATS else self.limits.int8_gop_s
+
+    def _predict(self, instruction: Instruction, shape: StepShape, num_bytes: int) -> float:
+        """Seconds of one instruction with the rates of the kernels."""
+        assert self._rates is not None
+        if instruction.opcode is Opcode.LINEAR:
+            return self._predict_linear(instruction, shape)
+        if instruction.opcode is Opcode.ATTENTION:
+            return self._predict_attention(instruction, shape)
+        if instruction.opcode in (Opcode.RMS_NORM, Opcode.GLU):
+            elements = sum(
+                self.program.num_rows(i, shape) * self.program.buffers[i].columns for i in instruction.outputs
+            )
+            kind = "norm" if instruction.opcode is Opcode.RMS_NORM else "glu"
+            return self._barrier_s(elements) + elements * self._rates.element_s(kind)
+        return self._barrier_s(num_bytes // 4) + num_bytes / self.limits.read_gb_s(num_bytes) / 1e9
+
+    def _barrier_s(self, num_elements: int) -> float:
+        return self.limits.barrier_s if num_elements >= 4096 else 0.0
+
+    def _predict_linear(self, instruction: Instruction, shape: StepShape) -> float:
+        assert self._rates is not None
+        rows = self.program.num_rows(instruction.read_buffers[0], shape)
+        columns = self.program.buffers[instruction.read_buffers[0]].columns
+        if not rows:
+            return 0.0  # the head of a chunk that is not the last
+        total, call_s = 0.0, 0.0
+        for w in instruction.matrices:
+            weight = self.program.weights[w]
+            name = weight.format.name if weight.format.name in WEIGHT_FORMATS else "F32"
+            if name not in self._linear_rates:
+                self._linear_rates[name] = self._rates.linear(name, model_bytes=self._model_bytes)
+            call, per_weight = _at_tokens(self._linear_rates[name], rows)
+            total += per_weight * weight.num_elements
+            call_s = max(call_s, call)
+        # What a call costs is quantizing its input, beyond the two times that threads are started.
+        fixed = min(2 * self.limits.barrier_s, call_s)
+        total += fixed + (call_s - fixed) * columns / COLUMNS
+        attributes = dict(instruction.attributes)
+        if len(instruction.weights) > 6 and instruction.weights[6] is not None:
+            total += rows * columns * self._rates.element_s("norm")
+        if attributes.get("activation") is not None:
+            outputs = self.program.buffers[instruction.outputs[0]].columns
+            total += rows * outputs * self._rates.element_s("glu")
+        return total
+
+    def _predict_attention(self, instruction: Instruction, shape: StepShape) -> float:
+        assert self._rates is not None
+        layout = self._layout
+        columns = self.program.buffers[instruction.outputs[0]].columns
+        q_per_kv = columns // layout.head_dim // layout.num_kv_heads
+        if self._attention_rates is None:
+            self._attention_rates = self._rates.attention(
+                head_dim=layout.head_dim, q_per_kv=q_per_kv, dtype=layout.dtype
+            )
+        window, num_sinks = instruction.attribute("window"), instruction.attribute("num_sinks")
+        assert (window is None or isinstance(window, int)) and isinstance(num_sinks, int)
+        decodes = tuple(s for s in shape.sequences if s[0] == 1)
+        groups = [(decodes, 1, len(decodes))] if decodes else []
+        groups += [((s,), s[0], 1) for s in shape.sequences if s[0] > 1]
+        total = 0.0
+        for sequences, num_new, num_seqs in groups:
+            rate = _attention_at(self._attention_rates, num_new, num_seqs)
+            pairs = StepShape(sequences, 0).num_visible(window, num_sinks)
+            fixed = min(self.limits.barrier_s, rate.call_s)
+            total += fixed + layout.num_kv_heads * (rate.call_s - fixed + pairs * rate.pair_s)
+        return total
+
+
+def kind_of(instruction: Instruction, program: Program) -> str:
+    """Opcode, formats and shapes: instructions of the same kind take the same time."""
+    name = instruction.opcode.name.lower()
+    if instruction.matrices:
+        formats = "+".join(dict.fromkeys(program.weights[w].format.name for w in instruction.matrices))
+        shapes = "+".join(str(program.weights[w].shape[0]) for w in instruction.matrices)
+        return f"{name} {formats} {shapes} x {program.weights[instruction.matrices[0]].shape[1]}"
+    if instruction.opcode is Opcode.ATTENTION:
+        window = instruction.attribute("window")
+        return name if window is None else f"{name} window {window}"
+    if instruction.outputs:
+        return f"{name} {program.buffers[instruction.outputs[0]].columns}"
+    return name
+
+
+def _at_tokens(rates: Mapping[int, LinearRate], tokens: int) -> tuple[float, float]:
+    """Seconds of a call and of a weight: linear between measured numbers of tokens, as tiles come one by one,
+    and in proportion beyond them."""
+    measured = sorted(rates)
+    if tokens > measured[-1]:
+        last, factor = rates[measured[-1]], tokens / measured[-1]
+        return last.call_s * factor, last.weight_s * factor
+    calls = [rates[t].call_s for t in measured]
+    weights = [rates[t].weight_s for t in measured]
+    return float(np.interp(tokens, measured, calls)), float(np.interp(tokens, measured, weights))
+
+
+def _attention_at(
+    rates: Mapping[tuple[int, int], AttentionRate], num_new: int, num_seqs: int
+) -> AttentionRate:
+    """Between measured sizes, by their logarithms: of sequences with one new token, or of new tokens."""
+    points = sorted(
+        (seqs if num_new == 1 else new, rate.call_s, rate.pair_s)
+        for (new, seqs), rate in rates.items()
+        if (new == 1 if num_new == 1 else seqs == 1)
+    )
+    size = num_seqs if num_new == 1 else num_new
+    at = [math.log2(p[0]) for p in points]
+    x = math.log2(size)
+    call_s = float(np.interp(x, at, [p[1] for p in points])) * max(1.0, size / points[-1][0])
+    return AttentionRate(call_s, float(np.interp(x, at, [p[2] for p in points])))

@@ -1,0 +1,157 @@
+"""The prediction is put together from known rates, so with made-up rates it can be computed by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from ridgeline.cli.main import main as ridgeline
+from ridgeline.config import EngineConfig
+from ridgeline.errors import ConfigError
+from ridgeline.models.load import describe_model
+from ridgeline.models.synth import synthesize
+from ridgeline.ops.program import Opcode, StepShape
+from ridgeline.profiling.machine import MachineLimits
+from ridgeline.profiling.rates import (
+    ATTENTION_GRID,
+    COLUMNS,
+    LINEAR_TOKENS,
+    AttentionRate,
+    EngineRate,
+    LinearRate,
+)
+from ridgeline.profiling.roofline import Predictor
+
+LIMITS = MachineLimits(
+    name="made up",
+    num_threads=2,
+    isa="generic",
+    read=((2**18, 10.0), (2**29, 10.0)),
+    read_one_thread=(),
+    fp32_gflop_s=50.0,
+    int8_gop_s=200.0,
+    int16_gop_s=100.0,
+    barrier_s=0.0,
+    measured="never",
+)
+
+
+class Rates:
+    """A weight takes 1 ns and another for each 8 tokens; everything else has a price of its own."""
+
+    def linear(self, format, *, model_bytes):
+        return {t: LinearRate(t * 1e-6, (1 + t / 8) * 1e-9) for t in LINEAR_TOKENS}
+
+    def attention(self, *, head_dim, q_per_kv, dtype):
+        return {(new, seqs): AttentionRate(new * seqs * 1e-7, 1e-9) for new, seqs in ATTENTION_GRID}
+
+    def element_s(self, kind):
+        return 0.0
+
+    def engine(self):
+        return EngineRate(1e-4, 1e-5, 0.0)
+
+
+def main(arguments):
+    """Run a command that must end well."""
+    with pytest.raises(SystemExit) as end:
+        ridgeline(arguments)
+    if end.value.code:
+        raise end.value
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory):
+    return synthesize(
+        "smollm2-135m", "Q4_0", path=tmp_path_factory.mktemp("m") / "tiny.gguf", num_layers=2, vocab_size=512
+    )
+
+
+@pytest.fixture(scope="module")
+def config(model_path):
+    return EngineConfig.from_options(
+        str(model_path), executor="native", max_model_len=512, kv_cache_tokens=1024
+    )
+
+
+def predictor(model_path, config, rates=None):
+    return Predictor.for_model(describe_model(model_path), config, LIMITS, rates)
+
+
+def test_a_decode_step_is_the_sum_of_its_rates(model_path, config):
+    p = predictor(model_path, config, Rates())
+    linears = [i for i in p.program.instructions if i.opcode is Opcode.LINEAR]
+    num_weights = sum(p.program.weights[w].num_elements for i in linears for w in i.matrices)
+    calls = sum(p.program.buffers[i.read_buffers[0]].columns / COLUMNS * 1e-6 for i in linears)
+    heads = describe_model(model_path).config.num_kv_heads
+    attention = 2 * heads * (1e-7 + 64 * 1e-9)
+    expected = num_weights * 1.125e-9 + calls + attention + 1.1e-4
+    others = sum(
+        e.predicted_s
+        for e in p.estimates(StepShape.decode(1, 64))
+        if not e.name.startswith(("linear", "attention"))
+    )
+    assert p.decode_s(1, 64) == pytest.approx(expected + others, rel=1e-9)
+    assert others < 1e-6
+
+
+def test_a_prompt_is_the_sum_of_its_chunks(model_path, config):
+    p = predictor(model_path, config, Rates())
+    parts = p.step_s([(200, 200)], 0) + p.step_s([(100, 300)], 1)
+    assert p.prefill_s(300, chunk=200) == pytest.approx(parts)
+
+
+def test_more_tokens_than_measured_go_on_in_proportion(model_path, config):
+    p = predictor(model_path, config, Rates())
+    largest = LINEAR_TOKENS[-1]
+    kinds = {e.name: e.predicted_s for e in p.estimates(StepShape(((largest, largest),), 0))}
+    twice = {e.name: e.predicted_s for e in p.estimates(StepShape(((2 * largest, 2 * largest),), 0))}
+    for name, seconds in kinds.items():
+        if name.startswith("linear") and seconds > 1e-5:  # not the head, which has no rows here
+            assert twice[name] == pytest.approx(2 * seconds, rel=1e-6)
+
+
+def test_the_bound_is_bytes_or_flops_over_the_limit(model_path, config):
+    p = predictor(model_path, config)
+    for shape in (StepShape.prefill(256), StepShape.decode(1, 64)):
+        estimates = p.estimates(shape)
+        assert sum(e.flops for e in estimates) == p.program.flops(shape)
+        layer_bytes = describe_model(model_path).config.num_kv_heads * 64 * 2 * 2
+        assert sum(e.num_bytes for e in estimates) == p.program.bytes(shape, kv_token_bytes=layer_bytes)
+        for e in estimates:
+            peak = 200 if "Q4_0" in e.name else 100 if "Q8_0" in e.name else 50
+            compute = e.flops / peak / 1e9
+            assert e.predicted_s is None
+            memory = e.num_bytes / 10 / 1e9
+            assert math.isclose(e.bound_s, max(compute, memory)) and e.is_compute_bound == (compute > memory)
+    assert any(e.is_compute_bound for e in p.estimates(StepShape.prefill(256)))
+    assert not any(e.is_compute_bound for e in p.estimates(StepShape.decode(1, 64)) if "linear" in e.name)
+
+
+def test_only_native_is_predicted(model_path, config):
+    with pytest.raises(ConfigError, match="cannot be predicted"):
+        predictor(model_path, config.with_options(executor="eager"), Rates())
+
+
+def test_the_command_compares_with_a_described_device(model_path, capsys):
+    main(["roofline", "-m", str(model_path), "--device", "h100", "--prompt-len", "64", "--json"])
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["limits"]["name"].startswith("NVIDIA H100")
+    assert [entry["prompt_len"] for entry in document["grid"]["ttft"]] == [32, 64, 128, 512]
+    main(["roofline", "-m", str(model_path), "--device", "h100"])
+    assert "FLOPs per byte" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--prompt-len", "0"), "at least 1"),
+        (("--plot", "r.gif"), "png or .svg"),
+        (("--measure", "--device", "h100"), "only this machine"),
+    ],
+)
+def test_impossible_requests_are_refused(model_path, flags, message):
+    with pytest.raises(SystemExit, match=message):
+        main(["roofline", "-m", str(model_path), *flags])
