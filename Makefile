@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: help demo test check format models sanitize bench-peers clean
+.PHONY: help demo test check format models sanitize bench-peers bench ladder clean
 
 help:                 ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -42,6 +42,13 @@ sanitize: $(VENV)/.installed  ## the kernel cases without Python, under ASan and
 PEERS ?= ../shared/peers
 bench-peers: $(VENV)/.dev models  ## against llama.cpp in the same run -> docs/peers.md (build it first: see PEERS)
 	$(BIN)/python scripts/bench_peers.py --peers $(PEERS)
+
+bench: $(VENV)/.dev models  ## latency of SmolLM2 here, with intervals, and the error of the predictions
+	$(BIN)/ridgeline bench latency -m smollm2
+	$(BIN)/ridgeline roofline -m smollm2 --measure
+
+ladder: $(VENV)/.dev models  ## every optimisation, one at a time -> docs/ladder.md
+	$(BIN)/ridgeline ladder -m smollm2 --save-result docs/results/ladder.json --page docs/ladder.md
 
 clean:                ## remove the environment and all build output
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
