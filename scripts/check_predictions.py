@@ -1,7 +1,7 @@
-"""How good are the predictions of `ridgeline roofline` and `ridgeline plan`? Every figure beside its measurement.
+"""How good are the predictions of `ridgeline roofline` and `plan`? Every figure beside its measurement.
 
-Each model is measured by the commands themselves, in fresh processes; `roofline --measure` takes the machine's
-limits and the kernels' rates anew just before. Results: docs/results/predictions.json, and the page made of it.
+Each model is measured by the commands themselves, in fresh processes; `roofline --measure` takes the limits
+of the machine and the rates of the kernels anew just before. Results: docs/results/predictions.json, a page.
 
     .venv/bin/python scripts/check_predictions.py MODEL.gguf ...
 """
@@ -62,15 +62,17 @@ def page(result: dict[str, Any]) -> str:
     lines = [
         "# Predictions and measurements",
         "",
-        f"Made by `{result['command']}` from `docs/results/predictions.json`; do not edit. "
-        f"{result['environment']['cpu']['model']}, {result['rounds']} rounds, medians; in brackets the largest "
-        "error of a round. Bars: " + ", ".join(f"{name} {bar:.0%}" for name, bar in BARS.items()) + ".",
+        f"Made by `{result['command']}` from docs/results/predictions.json; do not edit. "
+        f"{result['environment']['cpu']['model']}, {result['rounds']} rounds, medians; in brackets the "
+        "largest error of a round. Bars: "
+        + ", ".join(f"{name} {bar:.0%}" for name, bar in BARS.items())
+        + ".",
         "",
-        "Decode is one sequence at context 128, prefill a prompt of 512 tokens, both in tok/s; memory is the peak "
-        "of a process with the cache of 4,096 tokens filled.",
+        "Decode is one sequence at context 128, prefill a prompt of 512 tokens, both in tok/s; memory is the "
+        "peak of a process with the cache of 4,096 tokens filled.",
         "",
-        "| model | decode predicted | measured | error | prefill predicted | measured | error | peak planned | measured | error |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model | " + " | ".join(f"{kind} predicted | measured | error" for kind in BARS) + " |",
+        "|---" * (1 + 3 * len(BARS)) + "|",
     ]
     for name, rounds in result["models"].items():
         cells = [name]

@@ -44,7 +44,7 @@ def simulate(
     Nothing is computed: scheduling, batching, the KV cache, prefix hits and preemption are the engine's own,
     and the time of each step comes from the roofline of this machine, or of one that is described.
 
-    Examples:
+    Examples of use:
 
         ridgeline simulate -m smollm2 --workload w3 --max-num-seqs 16
 

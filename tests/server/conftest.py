@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import threading
 import time
 from dataclasses import dataclass
@@ -72,6 +73,8 @@ def serving(llm, **options):
     finally:
         server.should_exit = True
         thread.join(30)
+        if thread.is_alive():
+            faulthandler.dump_traceback(all_threads=True)
         assert not thread.is_alive(), "the server did not shut down"
 
 

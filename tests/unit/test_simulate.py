@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -69,8 +70,9 @@ class FakeClock:
             return handle
 
         monkeypatch.setattr(llm.executor, "submit", timed)
+        own = SimpleNamespace(monotonic=lambda: self.now)  # threads of other tests read the real clock
         for module in (engine_module, outputs_module):
-            monkeypatch.setattr(module.time, "monotonic", lambda: self.now)
+            monkeypatch.setattr(module, "time", own)
 
 
 def run_engine(monkeypatch, config, requests, durations, *, max_concurrency=None):
