@@ -11,6 +11,9 @@
 #include "simd.h"
 #include "thread_pool.h"
 #include "workspace.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace {
 constexpr int kStreams = 4;                    // running sums of the reader
@@ -83,6 +86,13 @@ int64_t int16_rounds(int64_t rounds) {
     return rounds * kOrders * kWideTile * kLanes * 4;
 }
 
+void use_huge_pages(uint8_t *p, int64_t bytes) {  // as the packed weights are kept
+#if defined(__linux__)
+    const int64_t page = 4096, begin = ((int64_t)p + page - 1) / page * page;
+    if ((int64_t)p + bytes > begin) madvise((void *)begin, (int64_t)p + bytes - begin, MADV_HUGEPAGE);
+#endif
+}
+
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 // Seconds of each of `repeats` calls of fn(thread), one on every thread.
@@ -103,6 +113,7 @@ void rl_limit_read(int32_t num_threads, int64_t bytes, int32_t passes, int32_t r
     const int64_t share = std::max<int64_t>(bytes / pool.size() / kReadStep, 1) * kReadStep;
     Scratch<uint8_t> memory;
     uint8_t *p = memory.get(share * pool.size());
+    use_huge_pages(p, share * pool.size());
     double ignored;
     time_on_all(pool, 1, &ignored, [&](int64_t i) { std::memset(p + i * share, 1, share); });
     time_on_all(pool, 1, &ignored, [&](int64_t i) { read_bytes(p + i * share, share); });

@@ -12,6 +12,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import asdict, replace
 from typing import Any
@@ -60,20 +62,26 @@ def measure_startup(
 def start_once(config: EngineConfig) -> dict[str, float]:
     """One fresh process -> its figures, under the names of METRICS."""
     command = [sys.executable, "-c", "from ridgeline.bench.startup import child; child()"]
-    started = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdin and process.stdout
-    process.stdin.write(json.dumps(asdict(config)) + "\n")
-    process.stdin.flush()
-    first = process.stdout.readline()
-    seconds = time.perf_counter() - started
-    try:
-        rest, errors = process.communicate(timeout=_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise RidgelineError(f"the process did not end within {_TIMEOUT_S} s; try a smaller model") from None
+    with tempfile.TemporaryFile("w+") as errors_file:
+        started = time.perf_counter()
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors_file, text=True
+        )
+        alarm = threading.Timer(_TIMEOUT_S, process.kill)
+        alarm.start()
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(asdict(config)) + "\n")
+        process.stdin.close()
+        first = process.stdout.readline()
+        seconds = time.perf_counter() - started
+        rest = process.stdout.read()
+        process.stdout.close()
+        process.wait()
+        if alarm.finished.is_set():
+            raise RidgelineError(f"the process did not end within {_TIMEOUT_S} s; try a smaller model")
+        alarm.cancel()
+        errors_file.seek(0)
+        errors = errors_file.read()
     if process.returncode or not first:
         last = errors.strip().rpartition("\n")[2] or f"exit status {process.returncode}"
         raise RidgelineError(last.removeprefix("ridgeline.errors.").partition("Error: ")[2] or last)

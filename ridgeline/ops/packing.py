@@ -61,7 +61,7 @@ class Packer:
         if memory is not None:
             return self._pack_all(weights, memory, filled=True)
         if cache is None:
-            return self._pack_all(weights, None, filled=False)
+            return self._pack_all(weights, _huge_bytes(total), filled=False)
         with _new_cache(cache, total) as memory:
             return self._pack_all(weights, memory, filled=False)
 
@@ -70,10 +70,8 @@ class Packer:
         vectors = sum(4 * weight.num_elements for weight in weights if len(weight.shape) == 1)
         return vectors + sum(self._place(weight)[1] for weight in weights)
 
-    def _pack_all(
-        self, weights: Sequence[Weight], memory: Bytes | None, *, filled: bool
-    ) -> list[PackedWeight]:
-        """Into consecutive parts of `memory`, or into memory of their own."""
+    def _pack_all(self, weights: Sequence[Weight], memory: Bytes, *, filled: bool) -> list[PackedWeight]:
+        """Into consecutive parts of `memory`; filled: they are there already."""
         packed, end = [], 0
         with ThreadPoolExecutor(self._num_threads) as pool:
             for weight in weights:
@@ -83,7 +81,7 @@ class Packer:
                     values = np.ascontiguousarray(weight.dequantize(), np.float32)
                     packed.append(PackedWeight(_number(FORMATS["F32"]), len(values), 1, values))
                     continue
-                out = aligned_bytes(num_bytes) if memory is None else memory[begin:end]
+                out = memory[begin:end]
                 if not filled:
                     self._pack(weight, format, out, pool.map)
                 rows, columns = weight.shape
@@ -134,6 +132,14 @@ def aligned_bytes(num_bytes: int) -> npt.NDArray[np.uint8]:
     memory = np.empty(num_bytes + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + num_bytes]
+
+
+def _huge_bytes(num_bytes: int) -> Bytes:
+    """Zeroed memory, in huge pages where the system has them: decode reads it a few per cent faster (LOG)."""
+    mapping = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(AttributeError, OSError):  # not Linux, or a kernel without them
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(mapping, np.uint8)
 
 
 def give_back(part: npt.NDArray[np.generic]) -> None:

@@ -38,7 +38,7 @@ from ridgeline.quant.weight import Weight
 from ridgeline.sampling_params import SamplingParams
 
 SCHEMA = "ridgeline.rates/1"
-COLUMNS = 1024
+COLUMNS = 1280
 BIG_ROWS, SMALL_ROWS = 1024, 64
 """Two matrices of COLUMNS columns: from their times, what a call costs and what a weight costs."""
 LINEAR_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
