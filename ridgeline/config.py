@@ -208,6 +208,16 @@ class EngineConfig:
                 changes[name] = replace(group, **inside)
         return replace(self, **changes)
 
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its name, as `from_options` takes them, the model included."""
+        groups = (self, self.load, self.cache, self.scheduler)
+        return {
+            f.name: getattr(g, f.name)
+            for g in groups
+            for f in fields(g)
+            if not is_dataclass(getattr(g, f.name))
+        }
+
     def resolve(self, model: ModelConfig, *, unavailable: Mapping[Executor, str]) -> EngineConfig:
         """Replace every None by a choice, once, and say so in the log.
 
@@ -253,7 +263,7 @@ class EngineConfig:
 
     def _resolve_executor(self, unavailable: Mapping[Executor, str]) -> Executor:
         """native where it can serve these settings, else eager; a named executor is never replaced."""
-        values = _flat(self)
+        values = self.flat()
         obstacles = [
             f"{name}={values[name]!r} (it takes {', '.join(map(repr, choices))})"
             for name, choices in _NATIVE_CHOICES.items()
@@ -369,16 +379,9 @@ _OPTIONAL = frozenset(
 )
 
 
-def _flat(config: EngineConfig) -> dict[str, Any]:
-    groups = (config, config.load, config.cache, config.scheduler)
-    return {
-        f.name: getattr(g, f.name) for g in groups for f in fields(g) if not is_dataclass(getattr(g, f.name))
-    }
-
-
 def _check(config: EngineConfig) -> None:
     """Each value alone: one of its choices, positive, of the right type."""
-    values = _flat(config)
+    values = config.flat()
 
     def refuse(name: str, expected: str) -> ConfigError:
         return ConfigError(f"{name}={values[name]!r}: expected {expected}")
@@ -403,5 +406,5 @@ def _check(config: EngineConfig) -> None:
 
 
 def _choices(before: EngineConfig, after: EngineConfig) -> list[tuple[str, Any]]:
-    old, new = _flat(before), _flat(after)
+    old, new = before.flat(), after.flat()
     return [(name, new[name]) for name in new if old[name] is None and new[name] is not None]

@@ -22,7 +22,7 @@ from typing import Any
 from ridgeline.bench.drive import drive
 from ridgeline.bench.repeat import Progress, RepeatOptions, Samples, repeat
 from ridgeline.bench.result import Better, make_document
-from ridgeline.bench.throughput import engine_settings, fitted
+from ridgeline.bench.throughput import fitted
 from ridgeline.bench.workload import Fixed, Workload
 from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine
@@ -113,7 +113,7 @@ def measure_latency(
             kinds=METRICS,
             progress=progress,
         )
-        settings = engine_settings(llm)
+        settings = llm.config.flat()
         document = make_document(
             "latency",
             metrics=repeated.metrics,

@@ -15,12 +15,12 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from ridgeline.bench.repeat import Progress, RepeatOptions, Samples, repeat
 from ridgeline.bench.result import Better, make_document
-from ridgeline.config import CacheConfig, EngineConfig, LoadConfig, SchedulerConfig
+from ridgeline.config import EngineConfig
 from ridgeline.errors import RidgelineError
 
 METRICS: dict[str, tuple[str, Better]] = {
@@ -53,7 +53,7 @@ def measure_startup(
     return make_document(
         "startup",
         metrics=repeated.metrics,
-        settings=_flat(config) | asdict(repeats),
+        settings=config.flat() | asdict(repeats),
         seeds=repeated.seeds,
         details={**repeated.details(), "definitions": DEFINITIONS},
     )
@@ -70,7 +70,7 @@ def start_once(config: EngineConfig) -> dict[str, float]:
         alarm = threading.Timer(_TIMEOUT_S, process.kill)
         alarm.start()
         assert process.stdin and process.stdout
-        process.stdin.write(json.dumps(asdict(config)) + "\n")
+        process.stdin.write(json.dumps(config.flat()) + "\n")
         process.stdin.close()
         first = process.stdout.readline()
         seconds = time.perf_counter() - started
@@ -96,7 +96,7 @@ def child() -> None:
     from ridgeline.sampling_params import SamplingParams
 
     imported = time.perf_counter()
-    llm = LLMEngine.from_config(_config(settings))
+    llm = LLMEngine.from_config(EngineConfig.from_options(**settings))
     loaded = time.perf_counter()
     llm.add_request({"prompt_token_ids": _PROMPT}, SamplingParams(temperature=0, max_tokens=1))
     while llm.has_unfinished:
@@ -112,17 +112,6 @@ def child() -> None:
         "peak_memory_bytes": _peak_memory_bytes(),
     }
     sys.stdout.write(json.dumps(figures) + "\n")
-
-
-def _config(settings: dict[str, Any]) -> EngineConfig:
-    groups = {"load": LoadConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
-    nested = {name: group(**settings.pop(name)) for name, group in groups.items()}
-    return replace(EngineConfig(**settings), **nested)
-
-
-def _flat(config: EngineConfig) -> dict[str, Any]:
-    settings = asdict(config)
-    return settings | {k: v for name in ("load", "cache", "scheduler") for k, v in settings.pop(name).items()}
 
 
 def _peak_memory_bytes() -> int:

@@ -94,7 +94,7 @@ def measure_throughput(
 
     try:
         repeated = repeat(run, options, seed=config.seed, kinds=METRICS, progress=progress)
-        settings = engine_settings(llm)
+        settings = llm.config.flat()
     finally:
         llm.close()
     return make_document(
@@ -127,14 +127,6 @@ def samples_of(times: list[RequestTimes]) -> dict[str, list[float]]:
         "itl_ms": [1e3 * gap for _, gap in gaps],
         "e2el_ms": [1e3 * r.e2el_s for r in times],
     }
-
-
-def engine_settings(llm: LLMEngine) -> dict[str, Any]:
-    """The engine's settings as it resolved them, flat."""
-    settings = asdict(llm.config)
-    for group in ("load", "cache", "scheduler"):
-        settings |= settings.pop(group)
-    return settings
 
 
 def fitted(config: EngineConfig, *, num_requests: int, length: int) -> EngineConfig:

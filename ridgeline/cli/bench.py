@@ -6,8 +6,7 @@ The measuring is in `ridgeline.bench`; here are flags, a progress bar, the table
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from ridgeline.bench.compare import Comparison
 from ridgeline.bench.compare import compare as compare_documents
 from ridgeline.bench.latency import LatencyOptions, measure_latency
 from ridgeline.bench.load import Progress as LoadProgress
-from ridgeline.bench.repeat import Progress, RepeatOptions
+from ridgeline.bench.repeat import RepeatOptions
 from ridgeline.bench.result import MIN_FOR_PERCENTILE, load_document, save_document
 from ridgeline.bench.serve import ServeOptions, measure_serve
 from ridgeline.bench.serve_report import summary as serve_summary
@@ -25,6 +24,7 @@ from ridgeline.bench.startup import measure_startup
 from ridgeline.bench.sweep import sweep, sweep_summary
 from ridgeline.bench.throughput import WorkloadOptions, measure_throughput
 from ridgeline.cli.options import make_app, print_json
+from ridgeline.cli.terminal import progress_bar
 from ridgeline.config import EngineConfig
 
 for _group in (LatencyOptions, RepeatOptions, WorkloadOptions, ServeOptions):
@@ -208,30 +208,6 @@ def compare(a: Path, b: Path, *, json: bool = False) -> None:
         print_json(found.document())
     else:
         sys.stdout.write(comparison_table(found))
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Progress]:
-    """A bar on stderr with the time left; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Bar(
-        *columns,
-        TextColumn("{task.description}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    ) as bar:
-        task = bar.add_task("loading", total=None)
-
-        def progress(done: int, total: int, known: str) -> None:
-            bar.update(task, completed=done, total=max(done, total), description=known)
-
-        yield progress
 
 
 def _end(document: Mapping[str, Any], path: Path | None, *, json: bool, table: str | None = None) -> None:

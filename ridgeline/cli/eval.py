@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ridgeline.bench.result import Metric, make_document
 from ridgeline.cli.options import make_app, print_json
+from ridgeline.cli.terminal import progress_bar
 from ridgeline.config import DType, EngineConfig, Executor
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.errors import RequestError
@@ -18,7 +18,6 @@ from ridgeline.quality import divergence as quality_divergence
 from ridgeline.quality import needle as quality_needle
 from ridgeline.quality import perplexity as quality_perplexity
 from ridgeline.quality.text import Split, load_text, tokenize
-from ridgeline.quality.windows import Progress
 
 DEFAULT_TEXT_TOKENS = 16384
 """Of the default text, which has more than a million; a file is taken whole."""
@@ -84,7 +83,7 @@ def perplexity(
     json
         End with one JSON document.
     """
-    with _opened(engine, context) as llm, _progress("windows") as on_progress:
+    with _opened(engine, context) as llm, progress_bar("windows") as on_progress:
         result = quality_perplexity.perplexity(
             llm,
             _token_ids(llm, text, split, num_tokens),
@@ -162,13 +161,13 @@ def divergence(
     with (
         _opened(other, context) as base,
         _opened(engine, context) as llm,
-        _progress("windows") as on_progress,
+        progress_bar("windows") as on_progress,
     ):
         token_ids = _token_ids(llm, text, split, num_tokens)
         result = quality_divergence.divergence(base, llm, token_ids, context=context, on_progress=on_progress)
     if json:
         kl = Metric("kl", "nats", "lower", result.kl_of_windows)
-        details = {"text": _source(text, split), "reference_settings": asdict(base.config)}
+        details = {"text": _source(text, split), "reference_settings": base.config.flat()}
         print_json(_document("divergence", llm, (kl,), details) | result.document())
         return
 
@@ -229,7 +228,7 @@ def needle(
     sizes = [int(size) for size in _numbers(lengths, "--lengths")]
     places = _numbers(depths, "--depths")
     filler = quality_needle.FILLER if text is None else load_text(text)
-    with _opened(engine, max(sizes) + ANSWER_TOKENS) as llm, _progress("trials") as on_progress:
+    with _opened(engine, max(sizes) + ANSWER_TOKENS) as llm, progress_bar("trials") as on_progress:
         result = quality_needle.needle(
             llm,
             sizes,
@@ -274,24 +273,11 @@ def _opened(config: EngineConfig, context: int) -> Iterator[LLMEngine]:
         llm.close()
 
 
-@contextmanager
-def _progress(unit: str) -> Iterator[Progress]:
-    """A bar on stderr with the time that is left; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(unit), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(unit, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
 def _document(
     kind: str, llm: LLMEngine, metrics: Sequence[Metric], details: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The document of every measurement; samples are means of windows. The command adds its own keys."""
-    settings = asdict(llm.config)
+    settings = llm.config.flat()
     return make_document(kind, metrics=metrics, settings=settings, seeds=(llm.config.seed,), details=details)
 
 

@@ -22,8 +22,8 @@ from cyclopts import App, Parameter
 from ridgeline.cli.options import make_app, print_json
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
-from ridgeline.ops.batch import ForwardBatch
-from ridgeline.ops.cases import KernelCase, Row, all_cases, dump_case, make_weight, run_case
+from ridgeline.ops.batch import ForwardBatch, Row
+from ridgeline.ops.cases import KernelCase, all_cases, dump_case, make_weight, run_case
 from ridgeline.ops.fuse import RULES
 from ridgeline.ops.native import (
     ATTENTION_IMPLS,

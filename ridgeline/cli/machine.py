@@ -6,7 +6,8 @@ import os
 import sys
 from dataclasses import asdict
 
-from ridgeline.cli.options import print_json, say, show_bytes
+from ridgeline.cli.options import print_json
+from ridgeline.cli.terminal import say, show_bytes
 from ridgeline.ops.native import load_library
 from ridgeline.profiling.machine import (
     DEVICES,

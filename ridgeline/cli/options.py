@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -24,7 +23,6 @@ from ridgeline.config import (  # the names in inherited annotations are looked 
     LoadConfig,
     SchedulerConfig,
 )
-from ridgeline.errors import ConfigError
 from ridgeline.sampling_params import SamplingParams
 
 SHORT_NAMES = {"model": "-m"}
@@ -103,24 +101,3 @@ def make_app(**settings: Any) -> App:
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on one line, the last that a command prints."""
     sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def say(line: str) -> None:
-    """A message to the person who waits: stderr, so that results can be piped."""
-    sys.stderr.write(line + "\n")
-
-
-def read_bytes(text: str, flag: str) -> int:
-    """A size such as 16GiB, 80GB, 500MB or 1073741824. Raises ConfigError naming the flag."""
-    match = re.fullmatch(r"([0-9.]+)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    try:
-        assert match is not None
-        number, prefix, binary = match.groups()
-        return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(prefix or " "))
-    except (AssertionError, ValueError):
-        raise ConfigError(f"{flag} {text}: expected a size such as 16GiB, 80GB or 500MB") from None
-
-
-def show_bytes(num_bytes: float) -> str:
-    """MiB, or GiB from one on."""
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:,.1f} MiB"

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from ridgeline.cli.options import DescribedConfig, print_json, read_bytes, show_bytes
+from ridgeline.cli.options import DescribedConfig, print_json
 from ridgeline.cli.roofline import machine_of
+from ridgeline.cli.terminal import read_bytes, show_bytes
 from ridgeline.config import EngineConfig
 from ridgeline.engine.memory import free_memory_bytes
 from ridgeline.errors import ConfigError
@@ -112,15 +113,8 @@ def plan(
 
 def _options(config: EngineConfig) -> dict[str, Any]:
     """Flat, and only what was set."""
-    default = _flat(EngineConfig(model=config.model))
-    return {name: value for name, value in _flat(config).items() if value != default[name]}
-
-
-def _flat(config: EngineConfig) -> dict[str, Any]:
-    document = asdict(config)
-    for group in ("load", "cache", "scheduler"):
-        document |= document.pop(group)
-    return {name: value for name, value in document.items() if name != "model"}
+    default = EngineConfig(model=config.model).flat()
+    return {name: value for name, value in config.flat().items() if value != default[name]}
 
 
 def _lines(document: Mapping[str, Any]) -> list[str]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from ridgeline.bench.result import Metric, make_document
 from ridgeline.cli.options import print_json
+from ridgeline.cli.terminal import progress_bar, say
 from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.errors import ConfigError
@@ -78,8 +77,8 @@ def profile(
     try:
         limits = None
         if llm.config.executor == "native":
-            limits = machine_limits(num_threads=engine.num_threads, progress=_say)
-        with _progress("recording") as report:
+            limits = machine_limits(num_threads=engine.num_threads, progress=say)
+        with progress_bar("recording") as report:
             recorded = record_requests(
                 llm,
                 prompt_len=prompt_len,
@@ -91,39 +90,15 @@ def profile(
         llm.close()
     if out is not None:
         recorded.save(out)
-        _say(f"timeline written to {out}; open it at https://ui.perfetto.dev")
+        say(f"timeline written to {out}; open it at https://ui.perfetto.dev")
     phases = [b for b in (break_down(recorded, phase, limits) for phase in get_args(Phase)) if b is not None]
     findings = sorted((f for b in phases for f in find(b, limits)), key=lambda f: -f.share)
     if json:
         chosen = {"prompt_len": prompt_len, "output_len": output_len, "batch_size": batch_size}
-        print_json(_document(recorded, phases, findings, limits, asdict(llm.config) | chosen))
+        print_json(_document(recorded, phases, findings, limits, llm.config.flat() | chosen))
         return
     lines = [line for b in phases for line in (*_table(b, top, limits), "")]
     sys.stdout.write("\n".join(lines + [f"{'Findings':8}"] + [f"  {f.text}" for f in findings]) + "\n")
-
-
-def _say(line: str) -> None:
-    sys.stderr.write(line + "\n")
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    # Without a thread that refreshes the bar: it would take a core from what is measured.
-    with Progress(
-        *columns, console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task(title, total=None)
-
-        def report(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, refresh=True)
-
-        yield report
 
 
 def _table(b: PhaseBreakdown, top: int, limits: MachineLimits | None) -> list[str]:

@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ridgeline.cli.options import DescribedConfig, print_json, say
+from ridgeline.cli.options import DescribedConfig, print_json
+from ridgeline.cli.terminal import say
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.errors import ConfigError
 from ridgeline.models.load import describe_model

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cyclopts import Parameter
@@ -15,6 +13,7 @@ from ridgeline.bench.result import Better, Metric, make_document
 from ridgeline.bench.throughput import METRICS, WorkloadOptions, samples_of
 from ridgeline.cli.options import DescribedConfig, print_json
 from ridgeline.cli.roofline import machine_of
+from ridgeline.cli.terminal import progress_bar
 from ridgeline.config import EngineConfig
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.errors import ConfigError
@@ -68,7 +67,15 @@ def simulate(
     config = config.resolve(model.config, unavailable={})
     predictor = Predictor.for_model(model, config, limits, rates)
     requests = asked.requests(vocab_size=model.config.vocab_size, seed=config.seed)
-    with _progress(len(requests)) as on_step:
+    num_finished = 0
+    with progress_bar("simulating") as progress:
+
+        def on_step(plan: StepPlan) -> None:
+            nonlocal num_finished
+            if plan.finished:
+                num_finished += len(plan.finished)
+                progress(num_finished, len(requests))
+
         found = simulation.simulate(
             config,
             model.config,
@@ -80,7 +87,7 @@ def simulate(
     document = make_document(
         "simulate",
         metrics=metrics(found),
-        settings=_settings(config),
+        settings=config.flat(),
         workload=asked.describe(),
         seeds=[config.seed],
         details={
@@ -111,14 +118,6 @@ def metrics(found: simulation.Simulation) -> list[Metric]:
     return [Metric(name, *kinds[name], tuple(of)) for name, of in samples.items()]
 
 
-def _settings(engine: EngineConfig) -> dict[str, Any]:
-    """Flat, as in the other results."""
-    settings = asdict(engine)
-    for group in ("load", "cache", "scheduler"):
-        settings |= settings.pop(group)
-    return settings
-
-
 def _with_device_cache(engine: EngineConfig, model: LoadedModel, limits: MachineLimits) -> EngineConfig:
     """Where no size of the cache was given: what the weights leave of the described memory."""
     if engine.cache.kv_cache_tokens is not None or engine.cache.kv_cache_memory_bytes is not None:
@@ -131,17 +130,6 @@ def _with_device_cache(engine: EngineConfig, model: LoadedModel, limits: Machine
             f"{limits.memory_bytes:,} bytes of memory. Choose a larger machine or fewer bits per weight"
         )
     return engine.with_options(kv_cache_memory_bytes=left)
-
-
-@contextmanager
-def _progress(num_requests: int) -> Iterator[Callable[[StepPlan], None]]:
-    """A bar on stderr over the finished requests; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
-        task = bar.add_task("simulating", total=num_requests)
-        yield lambda plan: bar.advance(task, len(plan.finished)) if plan.finished else None
 
 
 def summary(document: Mapping[str, Any]) -> str:

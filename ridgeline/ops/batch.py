@@ -33,6 +33,17 @@ class BatchRow(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Row:
+    """A row without a request behind it: for measurements, evaluation and tests."""
+
+    token_ids: Sequence[int]
+    start: int
+    block_ids: Sequence[int]
+    num_logits: int
+    num_padding: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """Inputs of one forward pass besides the weights. All arrays int32."""
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ridgeline.config import Activation, KVCacheDType
 from ridgeline.kvcache.layout import CacheLayout
-from ridgeline.ops.batch import ForwardBatch
+from ridgeline.ops.batch import ForwardBatch, Row
 from ridgeline.ops.fuse import fuse
 from ridgeline.ops.native import PAGE_DTYPES, NativeProgram, encode_instructions
 from ridgeline.ops.packing import WEIGHT_FORMATS
@@ -79,17 +79,6 @@ class CaseResult:
     tolerance: float
     rounding_error: float | None
     passed: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A sequence in one step, as `ForwardBatch.from_rows` takes it."""
-
-    token_ids: tuple[int, ...]
-    start: int
-    block_ids: tuple[int, ...]
-    num_logits: int
-    num_padding: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.engine.executors.native import NativeExecutor
 from ridgeline.errors import ConfigError
-from ridgeline.ops.batch import ForwardBatch
+from ridgeline.ops.batch import ForwardBatch, Row
 from ridgeline.ops.program import StepShape
 from ridgeline.profiling.roofline import kind_of
 from ridgeline.sampling_params import SamplingParams
@@ -24,14 +23,6 @@ from ridgeline.sampling_params import SamplingParams
 OP_SECONDS = 0.5
 MIN_REPEATS = 5
 DECODE_STEPS = 24
-
-
-class _Row(NamedTuple):
-    token_ids: tuple[int, ...]
-    start: int
-    block_ids: tuple[int, ...]
-    num_logits: int
-    num_padding: int = 0
 
 
 def measure_ops(engine: LLMEngine, shape: StepShape) -> dict[str, float]:
@@ -47,7 +38,7 @@ def measure_ops(engine: LLMEngine, shape: StepShape) -> dict[str, float]:
         blocks = -(-seq_len // block_size)
         num_logits = int(i < shape.num_logits)
         token_ids = tuple(range(1, num_new + 1))
-        rows.append(_Row(token_ids, seq_len - num_new, tuple(range(used, used + blocks)), num_logits))
+        rows.append(Row(token_ids, seq_len - num_new, tuple(range(used, used + blocks)), num_logits))
         used += blocks
     if used > engine.layout.num_blocks:
         raise ConfigError(f"this step needs {used} blocks, the cache has {engine.layout.num_blocks}")

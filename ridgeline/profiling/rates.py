@@ -19,13 +19,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from ridgeline.config import KVCacheDType
 from ridgeline.kvcache.layout import CacheLayout
-from ridgeline.ops.batch import ForwardBatch
+from ridgeline.ops.batch import ForwardBatch, Row
 from ridgeline.ops.cases import make_weight
 from ridgeline.ops.fuse import fuse
 from ridgeline.ops.native import NativeProgram
@@ -85,14 +84,6 @@ class EngineRate:
     sequence_s: float
     logit_s: float
     """One logit of a row that is sampled greedily."""
-
-
-class _Row(NamedTuple):
-    token_ids: tuple[int, ...]
-    start: int
-    block_ids: tuple[int, ...]
-    num_logits: int
-    num_padding: int = 0
 
 
 class KernelRates:
@@ -179,8 +170,8 @@ def _layout(num_blocks: int, **shape: int) -> CacheLayout:
     return CacheLayout(dtype="float32", block_size=32, num_blocks=num_blocks, **fields)
 
 
-def _prefill_row(num_tokens: int, num_logits: int = 1) -> _Row:
-    return _Row((0,) * num_tokens, 0, tuple(range(-(-num_tokens // 32))), num_logits)
+def _prefill_row(num_tokens: int, num_logits: int = 1) -> Row:
+    return Row((0,) * num_tokens, 0, tuple(range(-(-num_tokens // 32))), num_logits)
 
 
 def _mean_s(native: NativeProgram, batch: ForwardBatch, opcode: Opcode) -> float:
@@ -277,7 +268,7 @@ def _measure_attention(
             )
             native.pages[:] = 0
             rows = [
-                _Row((0,) * num_new, context, tuple(range(s * blocks, (s + 1) * blocks)), 1)
+                Row((0,) * num_new, context, tuple(range(s * blocks, (s + 1) * blocks)), 1)
                 for s in range(num_seqs)
             ]
             batch = ForwardBatch.from_rows(rows, block_size=32)

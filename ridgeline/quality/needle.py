@@ -19,9 +19,9 @@ import numpy as np
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.errors import RequestError
 from ridgeline.llm import LLM
-from ridgeline.ops.batch import ForwardBatch
+from ridgeline.ops.batch import ForwardBatch, Row
 from ridgeline.quality.text import engine_of
-from ridgeline.quality.windows import Progress, Row, check_fits, chunk_tokens, log_likelihoods
+from ridgeline.quality.windows import Progress, check_fits, chunk_tokens, log_likelihoods
 
 NUM_CHOICES = 10
 INTRODUCTION = "A secret number is hidden in the text below. Find it and remember it.\n\n"

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.errors import RequestError
-from ridgeline.ops.batch import ForwardBatch
+from ridgeline.ops.batch import ForwardBatch, Row
 
 MAX_CHUNK_TOKENS = 512
 MAX_LOGITS_BYTES = 128 << 20
@@ -47,17 +47,6 @@ class Window:
     def targets(self) -> npt.NDArray[np.int64]:
         """The tokens that are scored."""
         return np.array(self.token_ids[self.score_from :], np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One request of a batch; see `ops.batch.BatchRow`."""
-
-    token_ids: tuple[int, ...]
-    start: int
-    block_ids: range
-    num_logits: int
-    num_padding: int = 0
 
 
 def make_windows(

@@ -12,8 +12,6 @@ from ridgeline import LLM
 from ridgeline.cli.main import main
 from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine
-from ridgeline.errors import ModelNotFoundError
-from ridgeline.models.locate import locate_model
 from ridgeline.ops.native import EVENT_BUSY, EVENT_OP, EVENT_WAIT
 from ridgeline.profiling.breakdown import break_down
 from ridgeline.profiling.trace import record_requests, trace
@@ -26,13 +24,6 @@ PARTS = ("schedule", "batch layout", "forward", "sampler", "update", "outputs", 
 def engine(name="llama", **options):
     options = {"executor": "native", "max_model_len": 160, "max_num_seqs": 4} | options
     return LLMEngine(EngineConfig.from_options("tiny", **options), tiny_model(name), None)
-
-
-def need_smollm2():
-    try:
-        locate_model("smollm2")
-    except ModelNotFoundError:
-        pytest.skip("smollm2 is not installed")
 
 
 def command(capsys, *arguments):
@@ -157,7 +148,6 @@ def test_torch_ops_are_listed_by_phase(executor, tmp_path):
 
 
 def test_ops_account_for_the_native_step_of_the_real_model():
-    need_smollm2()
     with LLM("smollm2", executor="native", max_model_len=256) as llm:
         recorded = record_requests(llm.engine, prompt_len=128, output_len=32)
     for phase in ("prefill", "decode"):
@@ -167,7 +157,6 @@ def test_ops_account_for_the_native_step_of_the_real_model():
 
 
 def test_the_command_ends_with_one_document(capsys, tmp_path, monkeypatch):
-    need_smollm2()
     monkeypatch.setattr("ridgeline.cli.profile.machine_limits", lambda **_: None)
     out = tmp_path / "trace.json"
     sizes = ("-m", "smollm2", "--prompt-len", "20", "--output-len", "4")

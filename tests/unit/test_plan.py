@@ -8,7 +8,7 @@ import pytest
 
 from ridgeline import LLM
 from ridgeline.cli.main import main as ridgeline
-from ridgeline.cli.options import read_bytes
+from ridgeline.cli.terminal import read_bytes
 from ridgeline.config import EngineConfig
 from ridgeline.errors import CheckpointError, ConfigError
 from ridgeline.models.load import describe_model, load_model
