@@ -243,7 +243,7 @@ def test_commands_end_with_one_document(run, model_path):
     found = run("divergence", *run.text, "--json", *options)
     assert 0 < found["kl_mean"] < 0.1
     assert found["details"]["reference_settings"]["kv_cache_dtype"] == "float32"
-    assert found["settings"]["cache"]["kv_cache_dtype"] == "int8"
+    assert found["settings"]["kv_cache_dtype"] == "int8"
     found = run("needle", "--lengths", "300", "--depths", "0,1", "--num-trials", 1, "--json")
     assert len(found["cells"]) == 2
 
