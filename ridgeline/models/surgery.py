@@ -88,7 +88,8 @@ def map_rows(weight: Weight, change: Callable[[Array], Array]) -> Weight:
     data = weight.data
     changed = np.ascontiguousarray(change(data)).reshape(-1, *data.shape[1:])
     give_back(data)
-    return Weight(weight.name, weight.format, (changed.shape[0], *weight.shape[1:]), {"data": changed})
+    shape = (changed.shape[0], *weight.shape[1:])
+    return replace(weight, shape=shape, buffers={**weight.buffers, "data": changed})
 
 
 def _is_count(value: object) -> bool:
