@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -23,7 +24,11 @@ from ridgeline.profiling.roofline import OpEstimate, Predictor
 
 GRID_PROMPTS = (32, 128, 512)
 GRID_BATCHES = (1, 4, 16)
+ROUNDS = 3
+"""of rates and model in turn: the memory of a shared machine is not as fast from one minute to the next"""
 PLOT_COLUMNS, PLOT_ROWS = 64, 16
+Grid = dict[str, list[dict[str, Any]]]
+"""TTFT by prompt and TPOT by batch: sizes, predicted_s, measured_s"""
 
 
 def roofline(
@@ -39,7 +44,8 @@ def roofline(
     """Bytes, FLOPs, bound and predicted time of every op of a prefill and of a decode step; TTFT and TPOT.
 
     The bound is the machine's: nothing can be faster. The prediction puts the rates together that our kernels
-    reach on generic shapes; --measure runs the model and shows how far off it is.
+    reach on generic shapes; --measure runs the model and shows how far off it is. The rates are then taken
+    anew, in turn with the model, and medians compared.
 
     Examples:
 
@@ -91,7 +97,14 @@ def roofline(
     llm = LLMEngine.from_config(config) if measure else None
     try:
         ops = {name: _ops(predictor, llm, shape) for name, shape in shapes.items()}
-        grid = _grid(predictor, llm, prompts, batches, context)
+        grids = [_grid(predictor, llm, prompts, batches, context)]
+        for _ in range(ROUNDS - 1 if measure else 0):
+            rates = KernelRates(
+                limits, refresh=True, progress=lambda line: say(f"measuring {line} again ...")
+            )
+            predictor = Predictor.for_model(model, config, limits, rates)
+            grids.append(_grid(predictor, llm, prompts, batches, context))
+        grid = _medians(grids)
     finally:
         if llm is not None:
             llm.close()
@@ -135,25 +148,42 @@ def _row(estimate: OpEstimate, measured_s: float | None) -> dict[str, Any]:
 
 def _grid(
     predictor: Predictor, llm: LLMEngine | None, prompts: Sequence[int], batches: Sequence[int], context: int
-) -> dict[str, list[dict[str, Any]]]:
-    def entry(size: str, value: int, predicted: float, measured: float | None) -> dict[str, Any]:
-        error = None if measured is None else predicted / measured - 1
-        return {size: value, "predicted_s": predicted, "measured_s": measured, "error": error}
-
+) -> Grid:
+    """Predicted and, with a model, measured seconds; each prediction takes its rates just before."""
     return {
         "ttft": [
-            entry("prompt_len", n, predictor.prefill_s(n), None if llm is None else measure_prefill(llm, n))
+            {
+                "prompt_len": n,
+                "predicted_s": predictor.prefill_s(n),
+                "measured_s": None if llm is None else measure_prefill(llm, n),
+            }
             for n in prompts
         ],
         "tpot": [
-            entry(
-                "batch_size",
-                b,
-                predictor.decode_s(b, context),
-                None if llm is None else measure_decode(llm, b, context),
-            )
+            {
+                "batch_size": b,
+                "predicted_s": predictor.decode_s(b, context),
+                "measured_s": None if llm is None else measure_decode(llm, b, context),
+            }
             for b in batches
         ],
+    }
+
+
+def _medians(grids: Sequence[Grid]) -> Grid:
+    """The rounds as one: medians, and the error of the predictions."""
+
+    def combined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        entry = dict(entries[0])
+        for key in ("predicted_s", "measured_s"):
+            if entry[key] is not None:
+                entry[key] = statistics.median(e[key] for e in entries)
+        measured = entry["measured_s"]
+        return entry | {"error": None if measured is None else entry["predicted_s"] / measured - 1}
+
+    return {
+        name: [combined(entries) for entries in zip(*(grid[name] for grid in grids), strict=True)]
+        for name in grids[0]
     }
 
 
