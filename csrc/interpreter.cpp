@@ -54,9 +54,10 @@ struct rl_program {
     std::vector<Workspace> workspaces;
     const rl_batch *batch = nullptr;
 
-    Scratch<act_block> blocks;  // the quantized input of a linear
+    Scratch<act_block> blocks;  // the input of a linear: in integers, and where it is normed, reordered or rounded
     Scratch<wide_act_block> wide_blocks;
-    Scratch<float> normed, queries, sink_queries;
+    Scratch<int32_t> outlier_columns;
+    Scratch<float> changed_inputs, queries, sink_queries;
     PagedAttention attention_of;
 
     explicit rl_program(int num_threads)
@@ -66,12 +67,16 @@ struct rl_program {
     const float *vector(int weight) const { return weight < 0 ? nullptr : (const float *)weights[weight].address; }
     float *row(int buffer, int64_t r) const { return buffers[buffer].address + r * buffers[buffer].columns; }
 
-    // fn(row) for all rows, shared between threads if there is enough to do.
+    // fn(row) or fn(row, thread) for all rows, shared between threads if there is enough to do.
     template <class F> void for_rows(int64_t rows, int64_t floats_per_row, const F &fn) {
         const int64_t chunk =
             rows * floats_per_row < kSerialFloats ? rows : std::max<int64_t>(1, rows / (4 * pool.size()));
-        pool.run(rows, chunk, [&](int64_t begin, int64_t end, int) {
-            for (int64_t r = begin; r < end; r++) fn(r);
+        pool.run(rows, chunk, [&](int64_t begin, int64_t end, int thread) {
+            for (int64_t r = begin; r < end; r++)
+                if constexpr (std::is_invocable_v<F, int64_t, int>)
+                    fn(r, thread);
+                else
+                    fn(r);
         });
     }
 
@@ -80,7 +85,7 @@ struct rl_program {
         for_rows(batch->num_tokens, table.columns, [&](int64_t t) {
             float *out = row(in.outputs[0], t);
             with_format(table.format, [&](auto p) {
-                unpack_row<decltype(p)>((const uint8_t *)table.address, batch->token_ids[t], table.columns, out);
+                unpack_row<decltype(p)>((const uint8_t *)table.address, table.order, batch->token_ids[t], table.columns, out);
             });
             if (in.floats[0] != 1.0f)
                 for (int64_t i = 0; i < table.columns; i++) out[i] *= in.floats[0];
@@ -111,39 +116,66 @@ struct rl_program {
             store_n(out + i, ::add(load_n(x + i, n - i), load_n(y + i, n - i)), n - i);
     }
 
+    // The input of a linear, which all of its matrices read in one order and with one rounding.
+    activations prepare_input(const rl_instruction &in, int64_t rows, int64_t k) {
+        const rl_weight &w = weights[in.weights[0]];
+        const input_rounding how = rounding_of(w);
+        bool any_float = false, any_narrow = false, any_wide = false;
+        for (int i = 0; i < in.ints[0]; i++)
+            with_kernel(weights[in.weights[i]].format, how.on, [&](auto p) {
+                using P = decltype(p);
+                (P::is_float ? any_float : P::wide ? any_wide : any_narrow) = true;
+            });
+        const float *x = buffers[in.inputs[0]].address, *norm = vector(in.weights[6]);
+        const bool changes = norm || w.order || (how.on && any_float);
+        float *changed = changes ? changed_inputs.get(rows * k) : nullptr;
+        const int64_t row_blocks = k / kBlock;
+        act_block *narrow = any_narrow ? blocks.get(rows * row_blocks) : nullptr;
+        wide_act_block *wide = any_wide ? wide_blocks.get(rows * row_blocks) : nullptr;
+        int32_t *outliers = how.outlier > 0 && (narrow || wide) ? outlier_columns.get(rows * (k + 1)) : nullptr;
+        if (changes || narrow || wide)
+            for_rows(rows, 4 * k, [&](int64_t r, int thread) {
+                const float *from = x + r * k;
+                float *own = changes ? changed + r * k : nullptr;
+                if (norm) {
+                    float *normed = w.order ? workspaces[thread].values.get(k) : own;
+                    rms_norm_row(from, norm, k, in.floats[0], in.floats[1], normed);
+                    from = normed;
+                }
+                if (w.order) {
+                    for (int64_t i = 0; i < k; i++) own[i] = from[w.order[i]];
+                    from = own;
+                }
+                if (how.on) {
+                    const rounded_row row(from, k, how);
+                    if (narrow) row.put(narrow + r * row_blocks);
+                    if (wide) row.put(wide + r * row_blocks);
+                    if (outliers) row.put_outliers(outliers + r * (k + 1));
+                    if (any_float)
+                        row.put(own);
+                } else {
+                    if (narrow) quantize_blocks(from, k, narrow + r * row_blocks);
+                    if (wide) quantize_blocks(from, k, wide + r * row_blocks);
+                }
+            });
+        return {changes ? changed : x, narrow, wide, outliers};
+    }
+
+    static input_rounding rounding_of(const rl_weight &w) {
+        return {w.rounds_input != 0, w.input_scale, w.outlier};
+    }
+
     // inputs: x, residual or -1; outputs: one a matrix, or one for the GLU of two; weights: three matrices, their
     // biases, the norm of x; ints: number of matrices, activation or -1; floats: eps, offset.
     void linear(const rl_instruction &in) {
         const int64_t rows = rows_of(in.inputs[0]), k = buffers[in.inputs[0]].columns;
         const int num_matrices = in.ints[0], activation = in.ints[1];
         const bool is_glu = activation >= 0;
-        bool any_narrow = false, any_wide = false;
         int64_t groups[4] = {0, 0, 0, 0};
-        for (int i = 0; i < num_matrices; i++) {
-            const rl_weight &w = weights[in.weights[i]];
-            with_format(w.format, [&](auto p) {
-                if constexpr (!decltype(p)::is_float) (decltype(p)::wide ? any_wide : any_narrow) = true;
-            });
-            groups[i + 1] = groups[i] + (is_glu && i == 1 ? 0 : groups_of(w.rows));
-        }
+        for (int i = 0; i < num_matrices; i++)
+            groups[i + 1] = groups[i] + (is_glu && i == 1 ? 0 : groups_of(weights[in.weights[i]].rows));
         const int64_t total_groups = groups[num_matrices];
-        const float *x = buffers[in.inputs[0]].address, *norm = vector(in.weights[6]);
-        float *normed_x = norm ? normed.get(rows * k) : nullptr;
-        act_block *narrow = any_narrow ? blocks.get(rows * (k / kBlock)) : nullptr;
-        wide_act_block *wide = any_wide ? wide_blocks.get(rows * (k / kBlock)) : nullptr;
-        if (norm || narrow || wide) {
-            for_rows(rows, 4 * k, [&](int64_t r) {
-                const float *from = x + r * k;
-                if (norm) {
-                    rms_norm_row(from, norm, k, in.floats[0], in.floats[1], normed_x + r * k);
-                    from = normed_x + r * k;
-                }
-                if (narrow) quantize_row(from, k, narrow + r * (k / kBlock));
-                if (wide) quantize_row(from, k, wide + r * (k / kBlock));
-            });
-            if (norm) x = normed_x;
-        }
-        const activations input{x, narrow, wide};
+        const activations input = prepare_input(in, rows, k);
 
         const int64_t panels = (rows + kPanelTokens - 1) / kPanelTokens;
         const int64_t chunk = std::max<int64_t>(1, total_groups / (8 * pool.size()));
@@ -165,7 +197,7 @@ struct rl_program {
     template <class Done>
     void group_products(const rl_weight &w, int64_t group, activations input, int64_t first, int64_t tokens, int64_t k,
                         Workspace &ws, const Done &done) {
-        with_format(w.format, [&](auto p) {
+        with_kernel(w.format, w.rounds_input != 0, [&](auto p) {
             using P = decltype(p);
             multiply_group<P>((const uint8_t *)w.address + group * P::group_bytes(k), input.from(first, k), tokens, k,
                               ws.unpacked, done);
@@ -387,8 +419,8 @@ void rl_timeline_start(rl_program *program, int64_t capacity) {
 int64_t rl_timeline_take(rl_program *program, rl_event *events) { return program->pool.timeline.take(events); }
 
 int64_t rl_scratch_bytes(const rl_program *program) {
-    int64_t bytes = program->blocks.bytes() + program->wide_blocks.bytes() + program->normed.bytes() + program->queries.bytes() +
-                    program->sink_queries.bytes() + program->attention_of.scratch_bytes();
+    int64_t bytes = program->blocks.bytes() + program->wide_blocks.bytes() + program->outlier_columns.bytes() +
+                    program->changed_inputs.bytes() + program->queries.bytes() + program->sink_queries.bytes() + program->attention_of.scratch_bytes();
     for (const Workspace &ws : program->workspaces)
         bytes += (int64_t)ws.unpacked.size() + ws.tile.bytes() + ws.values.bytes() + ws.scores.bytes();
     return bytes;
@@ -412,11 +444,12 @@ int64_t rl_packed_bytes(int32_t format, int32_t rows, int32_t columns) {
     return bytes;
 }
 
-void rl_pack(int32_t format, const void *file_rows, int32_t begin, int32_t end, int32_t rows, int32_t columns,
-             void *packed_rows) {
+void rl_pack(int32_t format, int32_t group_size, int32_t has_zeros, const void *file_rows, int32_t begin, int32_t end,
+             int32_t rows, int32_t columns, void *packed_rows) {
     end = std::min(end, rows);
     with_format(format, [&](auto p) {
-        pack_rows<decltype(p)>((const uint8_t *)file_rows, begin, end, columns, (uint8_t *)packed_rows);
+        pack_rows<decltype(p)>((const uint8_t *)file_rows, {group_size, has_zeros != 0}, begin, end, columns,
+                               (uint8_t *)packed_rows);
     });
 }
 

@@ -1,74 +1,25 @@
 // Matrix kernels: tiles of a few tokens by sixteen rows. One token or five hundred, a tile's sums are formed by the
 // same expression in the same ascending order of columns, so a row of activations always gives the same bits.
 #pragma once
-#include <cfloat>
 #include <vector>
 
-#include "packed.h"
+#include "packing.h"
 
 constexpr int64_t kPrefetchBytes = 2048;  // ahead of the weights that are being multiplied
 
-// 32 activations of one token for codes of up to 6 bits: x ≈ d · q. One cache line.
-struct alignas(64) act_block {
-    int8_t q[kBlock];
-    float d;
-    float sums[2], sum;                  // d times the sum of q over each half, and over all
-    int32_t corrections[2], correction;  // see dot_start
-};
-static_assert(sizeof(act_block) == 64, "one cache line");
-
-// The same for 8-bit codes, whose products need 32-bit sums anyway: twice the bits cost nothing there.
-struct wide_act_block {
-    int16_t q[kBlock];
-    float d;
-};
-
-// One row's quotient of its largest magnitude by the largest integer, and what to multiply with to get there.
-static inline vf quantization(vf low, vf high, float levels, float *d) {
-    const float most = largest(max(magnitude(low), magnitude(high)));
-    *d = most / levels;
-    return splat(most > levels / FLT_MAX ? levels / most : 0.0f);  // else the quotient is infinite
-}
-
-// A row of k floats to k/32 blocks: d = max|x| / 127, q = x / d rounded to even.
-static inline void quantize_row(const float *x, int64_t k, act_block *out) {
-    for (int64_t b = 0; b < k / kBlock; b++, x += kBlock) {
-        act_block &block = out[b];
-        const vf low = load(x), high = load(x + kLanes);
-        const vf inverse = quantization(low, high, 127.0f, &block.d);
-        store_rounded(block.q, mul(low, inverse));
-        store_rounded(block.q + kLanes, mul(high, inverse));
-        int32_t totals[2];
-        activation_sums(block.q, totals, block.corrections, &block.correction);
-        for (int h = 0; h < 2; h++) block.sums[h] = block.d * (float)totals[h];
-        block.sum = block.d * (float)(totals[0] + totals[1]);
-    }
-}
-static inline void quantize_row(const float *x, int64_t k, wide_act_block *out) {  // d = max|x| / 32767
-    for (int64_t b = 0; b < k / kBlock; b++, x += kBlock) {
-        const vf low = load(x), high = load(x + kLanes);
-        const vf inverse = quantization(low, high, 32767.0f, &out[b].d);
-        store_rounded(out[b].q, mul(low, inverse));
-        store_rounded(out[b].q + kLanes, mul(high, inverse));
-    }
-}
-
-// The input of a linear in the forms that its matrices ask for, k columns a token; nullptr: none does.
-struct activations {
-    const float *x;
-    const act_block *blocks;
-    const wide_act_block *wide;
-    activations from(int64_t token, int64_t k) const {
-        const int64_t block = token * (k / kBlock);
-        return {x + token * k, blocks ? blocks + block : nullptr, wide ? wide + block : nullptr};
-    }
+// Signed bytes as unsigned codes, for the kernel of narrow ones: where the input has 8 bits and the processor can.
+template <class P> struct byte_codes : P {
+    static constexpr int zero_shift = 7;
+    static constexpr bool wide = false;
 };
 
 // Sixteen rows of a quantized matrix in their packed form.
 template <class P> struct packed_group {
-    using format = P;
+    static constexpr int groups = P::groups, zero_shift = P::zero_shift, run = P::run;
+    static constexpr bool mins = P::mins;
     const uint8_t *group;
     int64_t k;
+    const uint8_t *bytes_at(int64_t block) const { return P::codes_at(group, block); }
     codes code(int64_t block, int step) const { return P::code(P::codes_at(group, block), step); }
     vf scale(int64_t block, int g) const { return P::scale(group, block, g); }
     vf min(int64_t block, int g) const { return P::min(group, block, g); }
@@ -77,79 +28,83 @@ template <class P> struct packed_group {
     void prefetch(int64_t block) const {
         const uint8_t *ahead = P::codes_at(group, block) + kPrefetchBytes;
 #pragma GCC unroll 16
-        for (int i = 0; i < P::stride; i += 64) __builtin_prefetch(ahead + i, 0, 3);
+        for (int i = 0; i < P::stride * run; i += 64) __builtin_prefetch(ahead + i, 0, 3);
     }
 };
 
 // The same with codes unpacked to bytes and scales to floats: worth it for more than one tile of tokens.
-template <class P> struct unpacked_group {
-    using format = P;
+template <int Groups, int ZeroShift, bool Mins> struct unpacked_group {
+    static constexpr int groups = Groups, zero_shift = ZeroShift, run = 1, floats = kLanes * (Mins ? 2 : 1);
+    static constexpr bool mins = Mins;
     const uint8_t *bytes;
     const float *scales;
-    static int64_t bytes_for(int64_t k) { return k / kBlock * (512 + 64 * P::groups * (P::mins ? 2 : 1)); }
+    static int64_t bytes_for(int64_t k) { return k / kBlock * (64 * kSteps + 4 * floats * Groups); }
 
-    static unpacked_group make(const packed_group<P> &from, uint8_t *scratch) {
+    template <class P> static unpacked_group make(const packed_group<P> &from, uint8_t *scratch) {
         const int64_t blocks = from.k / kBlock;
-        float *scales = (float *)(scratch + blocks * 512);
+        float *scales = (float *)(scratch + blocks * 64 * kSteps);
         for (int64_t b = 0; b < blocks; b++) {
 #pragma GCC unroll 8
-            for (int s = 0; s < kSteps; s++) store_codes(scratch + (b * kSteps + s) * 64, from.code(b, s));
-            for (int g = 0; g < P::groups; g++) {
-                float *out = scales + (b * P::groups + g) * kLanes * (P::mins ? 2 : 1);
+            for (int s = 0; s < kSteps; s++) 
+                store_codes(scratch + (b * kSteps + s) * 64,
+                            P::wide ? load_codes(from.bytes_at(b) + 64 * s) : from.code(b, s));
+            for (int g = 0; g < Groups; g++) {
+                float *out = scales + (b * Groups + g) * floats;
                 store(out, from.scale(b, g));
-                if constexpr (P::mins) store(out + kLanes, from.min(b, g));
+                if constexpr (Mins) store(out + kLanes, from.min(b, g));
             }
         }
         return {scratch, scales};
     }
     void prefetch(int64_t) const {}
+    const uint8_t *bytes_at(int64_t block) const { return bytes + block * kSteps * 64; }
     codes code(int64_t block, int step) const { return load_codes(bytes + (block * kSteps + step) * 64); }
-    vf scale(int64_t block, int g) const { return load(scales + (block * P::groups + g) * kLanes * (P::mins ? 2 : 1)); }
-    vf min(int64_t block, int g) const {
-        return load(scales + (block * P::groups + g) * kLanes * (P::mins ? 2 : 1) + kLanes);
-    }
+    vf scale(int64_t block, int g) const { return load(scales + (block * Groups + g) * floats); }
+    vf min(int64_t block, int g) const { return load(scales + (block * Groups + g) * floats + kLanes); }
 };
 
 // M tokens x 16 rows: out[m] = 16 dot products of length k. `x` has k / 32 blocks a token.
 template <int M, class Group> __attribute__((noinline)) void quantized_tile(const Group &w, const act_block *x, int64_t k, float *out) {
-    using P = typename Group::format;
-    constexpr int steps = kSteps / P::groups;
+    constexpr int steps = kSteps / Group::groups;
     const int64_t blocks = k / kBlock;
     vf totals[M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) totals[m] = zero();
-    for (int64_t b = 0; b < blocks; b++) {
-        w.prefetch(b);
-        if constexpr (M > 1)  // the tile of tokens that comes next
-#pragma GCC unroll 16
-            for (int m = 0; m < M; m++) __builtin_prefetch(&x[(m + M) * blocks + b], 0, 3);
+    for (int64_t first = 0; first < blocks; first += Group::run) {
+        w.prefetch(first);
 #pragma GCC unroll 2
-        for (int g = 0; g < P::groups; g++) {
-            const vf scale = w.scale(b, g);
-            idot dots[M];
+        for (int g = 0; g < Group::groups; g++) {
+            const vf scale = w.scale(first, g), min = Group::mins ? w.min(first, g) : zero();
+#pragma GCC unroll 2
+            for (int64_t b = first; b < first + Group::run; b++) {
+                if constexpr (M > 1)  // the tile of tokens that comes next
+                    if (g == 0)
 #pragma GCC unroll 16
-            for (int m = 0; m < M; m++) {
-                const act_block &a = x[m * blocks + b];
-                dots[m] = P::zero_shift < 0
-                              ? dot_zero()
-                              : dot_start(P::groups == 1 ? &a.correction : &a.corrections[g], P::zero_shift);
-            }
-#pragma GCC unroll 8
-            for (int s = 0; s < steps; s++) {
-                const codes c = w.code(b, g * steps + s);
-#pragma GCC unroll 16
-                for (int m = 0; m < M; m++)
-                    dots[m] = dot_step(dots[m], c, x[m * blocks + b].q + 4 * (g * steps + s));
-            }
-#pragma GCC unroll 16
-            for (int m = 0; m < M; m++)
-                totals[m] = fma(dot_finish(dots[m]), mul(scale, splat(x[m * blocks + b].d)), totals[m]);
-            if constexpr (P::mins) {
-                const vf min = w.min(b, g);
+                        for (int m = 0; m < M; m++) __builtin_prefetch(&x[(m + M) * blocks + b], 0, 3);
+                idot dots[M];
 #pragma GCC unroll 16
                 for (int m = 0; m < M; m++) {
                     const act_block &a = x[m * blocks + b];
-                    totals[m] = fma(min, splat(P::groups == 1 ? a.sum : a.sums[g]), totals[m]);
+                    dots[m] = Group::zero_shift < 0
+                                  ? dot_zero()
+                                  : dot_start(Group::groups == 1 ? &a.correction : &a.corrections[g], Group::zero_shift);
+                }
+#pragma GCC unroll 8
+                for (int s = 0; s < steps; s++) {
+                    const codes c = w.code(b, g * steps + s);
+#pragma GCC unroll 16
+                    for (int m = 0; m < M; m++)
+                        dots[m] = dot_step(dots[m], c, x[m * blocks + b].q + 4 * (g * steps + s));
+                }
+#pragma GCC unroll 16
+                for (int m = 0; m < M; m++)
+                    totals[m] = fma(dot_finish(dots[m]), mul(scale, splat(x[m * blocks + b].d)), totals[m]);
+                if constexpr (Group::mins) {
+#pragma GCC unroll 16
+                    for (int m = 0; m < M; m++) {
+                        const act_block &a = x[m * blocks + b];
+                        totals[m] = fma(min, splat(Group::groups == 1 ? a.sum : a.sums[g]), totals[m]);
+                    }
                 }
             }
         }
@@ -158,31 +113,44 @@ template <int M, class Group> __attribute__((noinline)) void quantized_tile(cons
     for (int m = 0; m < M; m++) store(out + m * kLanes, totals[m]);
 }
 
-// The same for signed bytes and 16-bit activations, straight from the packed form.
-template <int M, class P>
-__attribute__((noinline)) void wide_tile(const uint8_t *group, const wide_act_block *x, int64_t k, float *out) {
+// The same for signed bytes and 16-bit activations.
+template <int M, class Group>
+__attribute__((noinline)) void wide_tile(const Group &w, const wide_act_block *x, int64_t k, float *out) {
+    constexpr int steps = kSteps / Group::groups;
     const int64_t blocks = k / kBlock;
-    const packed_group<P> w{group, k};
     vf totals[M];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) totals[m] = zero();
-    for (int64_t b = 0; b < blocks; b++) {
-        w.prefetch(b);
-        const uint8_t *bytes = P::codes_at(group, b);
-        wide_dot dots[M];
+    for (int64_t first = 0; first < blocks; first += Group::run) {
+        w.prefetch(first);
+#pragma GCC unroll 2
+        for (int g = 0; g < Group::groups; g++) {
+            const vf scale = w.scale(first, g), min = Group::mins ? w.min(first, g) : zero();
+#pragma GCC unroll 2
+            for (int64_t b = first; b < first + Group::run; b++) {
+                const uint8_t *bytes = w.bytes_at(b);
+                wide_dot dots[M];
 #pragma GCC unroll 16
-        for (int m = 0; m < M; m++) dots[m] = wide_zero();
+                for (int m = 0; m < M; m++) dots[m] = wide_zero();
 #pragma GCC unroll 8
-        for (int s = 0; s < kSteps; s++) {
-            const int16_t *four[M];
+                for (int s = g * steps; s < (g + 1) * steps; s++) {
+                    const int16_t *four[M];
 #pragma GCC unroll 16
-            for (int m = 0; m < M; m++) four[m] = x[m * blocks + b].q + 4 * s;
-            wide_step<M>(dots, (const int8_t *)bytes + 64 * s, four);
+                    for (int m = 0; m < M; m++) four[m] = x[m * blocks + b].q + 4 * s;
+                    wide_step<M>(dots, (const int8_t *)bytes + 64 * s, four);
+                }
+#pragma GCC unroll 16
+                for (int m = 0; m < M; m++)
+                    totals[m] = fma(wide_finish(dots[m]), mul(scale, splat(x[m * blocks + b].d)), totals[m]);
+                if constexpr (Group::mins) {
+#pragma GCC unroll 16
+                    for (int m = 0; m < M; m++) {
+                        const wide_act_block &a = x[m * blocks + b];
+                        totals[m] = fma(min, splat(Group::groups == 1 ? a.sum : a.sums[g]), totals[m]);
+                    }
+                }
+            }
         }
-        const vf scale = w.scale(b, 0);
-#pragma GCC unroll 16
-        for (int m = 0; m < M; m++)
-            totals[m] = fma(wide_finish(dots[m]), mul(scale, splat(x[m * blocks + b].d)), totals[m]);
     }
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++) store(out + m * kLanes, totals[m]);
@@ -202,11 +170,35 @@ template <int M, class P> __attribute__((noinline)) void float_tile(const uint8_
     for (int m = 0; m < M; m++) store(out + m * kLanes, totals[m]);
 }
 
+// fn of how a format is multiplied: as it is, or its bytes as codes where the input is rounded to bytes as well.
+template <class F> static inline bool with_kernel(int32_t format, bool byte_input, const F &fn) {
+    return with_format(format, [&](auto p) {
+        using P = decltype(p);
+        if constexpr (P::wide && kByteDots)
+            if (byte_input) return fn(byte_codes<P>{});
+        fn(p);
+    });
+}
+
 template <class P> constexpr int tile_of() {
     if constexpr (P::is_float)
         return kFloatTile;
     else
         return P::wide ? kWideTile : kIntTile;
+}
+
+// sums[count][16] and what the outliers of each token add to them.
+template <class P> void add_outliers(const uint8_t *group, activations in, int64_t count, int64_t k, float *sums) {
+    for (int64_t m = 0; m < count; m++) {
+        const activations token = in.from(m, k);
+        if (token.outliers[0] == 0) continue;
+        vf y = load(sums + m * kLanes);
+        for (int32_t i = 1; i <= token.outliers[0]; i++) {
+            const int32_t column = token.outliers[i];
+            y = fma(unpack_column<P>(group, column), splat(token.x[column]), y);
+        }
+        store(sums + m * kLanes, y);
+    }
 }
 
 // One group of rows against `tokens` rows of activations, in tiles: done(first token, count, sums [count][16]).
@@ -219,6 +211,8 @@ void multiply_group(const uint8_t *group, activations in, int64_t tokens, int64_
         for (int64_t t = 0; t < tokens; t += tile) {
             const int64_t count = tokens - t < tile ? tokens - t : tile;
             with_count<tile>(count, [&](auto m) { run(m, in.from(t, k)); });
+            if constexpr (!P::is_float)
+                if (in.outliers) add_outliers<P>(group, in.from(t, k), count, k, sums);
             done(t, count, sums);
         }
     };
@@ -229,14 +223,29 @@ void multiply_group(const uint8_t *group, activations in, int64_t tokens, int64_
         float *wide = (float *)align64((int64_t)scratch.data());
         for (int64_t i = 0; i < k; i++) store(wide + i * kLanes, P::column(group, i));
         each_tile([&](auto m, activations a) { float_tile<m, packed<RL_F32>>((uint8_t *)wide, a.x, k, sums); });
-    } else if constexpr (P::wide) {
-        each_tile([&](auto m, activations a) { wide_tile<m, P>(group, a.wide, k, sums); });
     } else {
+        const auto multiply = [&](auto m, const auto &w, activations a) {
+            if constexpr (P::wide)
+                wide_tile<m>(w, a.wide, k, sums);
+            else
+                quantized_tile<m>(w, a.blocks, k, sums);
+        };
         const packed_group<P> as_packed{group, k};
-        if (tokens <= 4 * tile)  // unpacking to memory is not worth it
-            return each_tile([&](auto m, activations a) { quantized_tile<m>(as_packed, a.blocks, k, sums); });
-        scratch.resize(unpacked_group<P>::bytes_for(k) + 64);
-        const auto bytes = unpacked_group<P>::make(as_packed, (uint8_t *)align64((int64_t)scratch.data()));
-        each_tile([&](auto m, activations a) { quantized_tile<m>(bytes, a.blocks, k, sums); });
+        if constexpr (!P::has_packed_tiles)
+            if (tokens == 1) {
+                multiply(std::integral_constant<int, 1>{}, as_packed, in);
+                if (in.outliers) add_outliers<P>(group, in, 1, k, sums);
+                return done(0, 1, sums);
+            }
+        // Unpacking bytes to bytes is not worth it, nor others for a few tokens.
+        if constexpr (P::has_packed_tiles)
+            if (P::bits == 8 || tokens <= 4 * tile)
+                return each_tile([&](auto m, activations a) { multiply(m, as_packed, a); });
+        if constexpr (P::bits < 8 || !P::has_packed_tiles) {
+            using unpacked = unpacked_group<P::groups, P::zero_shift, P::mins>;
+            scratch.resize(unpacked::bytes_for(k) + 64);
+            const auto as_bytes = unpacked::make(as_packed, (uint8_t *)align64((int64_t)scratch.data()));
+            each_tile([&](auto m, activations a) { multiply(m, as_bytes, a); });
+        }
     }
 }

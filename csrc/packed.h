@@ -5,14 +5,14 @@
 // all sixteen rows, four bytes a row. Codes of fewer than 8 bits are split into
 // planes: four bits (low nibble: steps 0..3, high nibble: 4..7), two bits (four steps a byte), one bit (eight).
 // A packed matrix is about as large as the file's and holds the same numbers: value = scale · (code - zero) + min.
-// Float formats are stored column by column, sixteen rows at a time.
+// Float formats are stored column by column, sixteen rows at a time. Group formats are in packed_groups.h.
 #pragma once
+#include "activations.h"
 #include "ridgeline.h"
 #include "simd.h"
 #include "workspace.h"
 
-constexpr int kBlock = 32;   // columns
-constexpr int kSteps = 8;    // of four columns
+constexpr int kSteps = 8;    // of four columns in a block
 constexpr int kSuper = 256;  // columns of a K-quant's super-block
 
 static inline int64_t groups_of(int64_t rows) { return (rows + kLanes - 1) / kLanes; }
@@ -23,19 +23,24 @@ struct row_block {
     uint16_t d, m;          // half: scale and min of the block, or of the super-block
     int8_t sub_scale[2];    // K-quants: of each group of the block
     uint8_t sub_min[2];
+    uint8_t scale[2][4], zero[2];  // group formats: of each half, the scale in the bytes of its type
 };
 
 template <int Format> struct packed;
 
 // Plane access shared by all quantized formats: Bits of a code, Groups scaled on their own in a block.
 template <int Bits, int Groups, int Zero, bool Mins> struct quantized {
-    static constexpr bool is_float = false, mins = Mins;
+    static constexpr bool is_float = false, is_grouped = false, mins = Mins;
     static constexpr int bits = Bits, groups = Groups;
     static constexpr int zero_shift = Zero;  // codes are centred on 2^zero_shift; -1: on 0
     static constexpr bool wide = Bits == 8;  // signed bytes, which are multiplied with 16-bit activations
     static constexpr int block_bytes = 64 * Bits;
+    static constexpr int run = 1;  // blocks that share their scales
+    static constexpr bool has_packed_tiles = true;  // else only single tokens are multiplied straight from it
+    static constexpr int code_middle = Bits == 8 ? 128 : Zero < 0 ? 0 : 1 << Zero;  // what `code` has too much
 
-    static codes code(const uint8_t *block, int step) {
+    static codes code(const uint8_t *block, int step) {  // unsigned
+        if constexpr (Bits == 8) return codes_flip(load_codes(block + 64 * step));
         if constexpr (Bits == 4) return nibble(block, step);
         if constexpr (Bits == 5) return codes_or(nibble(block, step), bit(block + 256, step, 4));
         if constexpr (Bits == 6) return codes_or(nibble(block, step), codes_left(two(block + 256, step), 4));
@@ -288,7 +293,7 @@ template <> struct packed<RL_Q6_K> : super_scaled<6, 2, 5, false> {
 };
 
 template <class T> struct float_columns {
-    static constexpr bool is_float = true;
+    static constexpr bool is_float = true, wide = false;
     static constexpr int columns_multiple = 1;
     using element = T;
     static int64_t group_bytes(int64_t k) { return k * kLanes * (int64_t)sizeof(T); }
@@ -302,71 +307,3 @@ template <> struct packed<RL_F16> : float_columns<uint16_t> {
 template <> struct packed<RL_BF16> : float_columns<uint16_t> {
     static vf column(const uint8_t *group, int64_t k) { return load_bfloat((const uint16_t *)group + kLanes * k); }
 };
-
-// fn(packed<Format>{}) for a format known only at run time; false: there is no such kernel.
-template <class F> static inline bool with_format(int32_t format, const F &fn) {
-    switch (format) {
-        case RL_F32: fn(packed<RL_F32>{}); return true;
-        case RL_F16: fn(packed<RL_F16>{}); return true;
-        case RL_BF16: fn(packed<RL_BF16>{}); return true;
-        case RL_Q4_0: fn(packed<RL_Q4_0>{}); return true;
-        case RL_Q4_1: fn(packed<RL_Q4_1>{}); return true;
-        case RL_Q5_0: fn(packed<RL_Q5_0>{}); return true;
-        case RL_Q5_1: fn(packed<RL_Q5_1>{}); return true;
-        case RL_Q8_0: fn(packed<RL_Q8_0>{}); return true;
-        case RL_Q2_K: fn(packed<RL_Q2_K>{}); return true;
-        case RL_Q3_K: fn(packed<RL_Q3_K>{}); return true;
-        case RL_Q4_K: fn(packed<RL_Q4_K>{}); return true;
-        case RL_Q5_K: fn(packed<RL_Q5_K>{}); return true;
-        case RL_Q6_K: fn(packed<RL_Q6_K>{}); return true;
-        default: return false;
-    }
-}
-
-// Rows begin..end of [rows, k] from the file's layout; rows past the end are zero.
-template <class P> void pack_rows(const uint8_t *file_rows, int64_t begin, int64_t end, int64_t k, uint8_t *out) {
-    for (int64_t g = begin / kLanes; g < groups_of(end); g++) {
-        uint8_t *group = out + g * P::group_bytes(k);
-        const int valid = (int)(end - g * kLanes < kLanes ? end - g * kLanes : kLanes);
-        if constexpr (P::is_float) {
-            using T = typename P::element;
-            for (int64_t i = 0; i < k; i++)
-                for (int r = 0; r < kLanes; r++)
-                    ((T *)group)[i * kLanes + r] = r < valid ? ((const T *)file_rows)[(g * kLanes + r) * k + i] : T{};
-        } else {
-            std::memset(group, 0, P::group_bytes(k));
-            const int64_t row_bytes = k / P::columns_multiple * P::file_bytes;
-            for (int r = 0; r < valid; r++)
-                for (int64_t b = 0; b < k / kBlock; b++) {
-                    row_block block;
-                    P::read(file_rows + (g * kLanes + r) * row_bytes, b, block);
-                    P::put((uint8_t *)P::codes_at(group, b), r, block.codes);
-                    P::put_scales(group, b, r, block);
-                }
-        }
-    }
-}
-
-// One row of a packed matrix as floats: the embedding gather of a tied head.
-template <class P> void unpack_row(const uint8_t *matrix, int64_t row, int64_t k, float *out) {
-    const uint8_t *group = matrix + row / kLanes * P::group_bytes(k);
-    const int r = (int)(row % kLanes);
-    alignas(64) float lanes[kLanes], mins[kLanes];
-    if constexpr (P::is_float) {
-        for (int64_t i = 0; i < k; i++) {
-            store(lanes, P::column(group, i));
-            out[i] = lanes[r];
-        }
-    } else {
-        for (int64_t b = 0; b < k / kBlock; b++)
-            for (int g = 0; g < P::groups; g++) {
-                store(lanes, P::scale(group, b, g));
-                if constexpr (P::mins) store(mins, P::min(group, b, g));
-                for (int i = g * kBlock / P::groups; i < (g + 1) * kBlock / P::groups; i++) {
-                    int code = P::get(P::codes_at(group, b), r, i);
-                    if constexpr (P::zero_shift >= 0) code -= 1 << P::zero_shift;
-                    out[b * kBlock + i] = lanes[r] * (float)code + (P::mins ? mins[r] : 0.0f);
-                }
-            }
-    }
-}

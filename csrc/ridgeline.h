@@ -37,6 +37,9 @@ enum rl_format : int32_t {
     RL_Q5_K = 13,
     RL_Q6_K = 14,
     RL_BF16 = 30,
+    // Codes of 2, 3, 4 or 8 bits with a scale and a zero point for every 16, 32 or 64 columns (packed_groups.h):
+    // RL_GROUPS + 16 · bits + 8 if scales are float32 + 0, 1 or 2.
+    RL_GROUPS = 256,
 };
 
 enum rl_kv_dtype : int32_t { RL_KV_F32 = 0, RL_KV_F16 = 1, RL_KV_I8 = 2 };
@@ -59,9 +62,14 @@ struct rl_buffer {
 // A matrix [rows, columns] is packed (rl_pack), a vector is float32 as it is.
 struct rl_weight {
     const void *address;
+    const int32_t *order;  // column j is input feature order[j]; nullptr: it is j
     int32_t format;
     int32_t rows;     // N; the length of a vector
     int32_t columns;  // K; 1 for a vector
+    // How a linear rounds its input to int8 first (ActivationQuant in quant/weight.py).
+    int32_t rounds_input;
+    float input_scale;  // of every token; 0: each token's own, max|x| / 127
+    float outlier;      // magnitudes from here on stay floats; 0: none do
 };
 
 struct rl_cache {
@@ -125,9 +133,10 @@ int32_t rl_top_k(const float *logits, int32_t columns, int32_t count, int32_t *i
 int64_t rl_packed_bytes(int32_t format, int32_t rows, int32_t columns);
 
 // Rearrange rows begin..end of a matrix in the file's layout into groups of 16 rows; `begin` is a multiple of 16.
-// `packed` is the start of the whole matrix, 64-byte aligned.
-void rl_pack(int32_t format, const void *file_rows, int32_t begin, int32_t end, int32_t rows, int32_t columns,
-             void *packed);
+// `packed` is the start of the whole matrix, 64-byte aligned. `group_size`, `has_zeros`: of the file's blocks of a group
+// format, 0 for others; group_size is a multiple of the packed one's.
+void rl_pack(int32_t format, int32_t group_size, int32_t has_zeros, const void *file_rows, int32_t begin, int32_t end,
+             int32_t rows, int32_t columns, void *packed);
 
 // Limits of the machine (limits.cpp), each on a pool of its own: seconds[0..repeats).
 // Read `bytes`, an equal part for each thread, `passes` times.

@@ -1,5 +1,5 @@
 // Runs kernel cases without Python: for sanitizers and for processors that are only emulated. The files are written by
-// `ridgeline kernels test --dump DIR` (dump_case in ops/cases.py); every buffer is exactly as large as it must be, so
+// `ridgeline kernels test --dump DIR` (dump_case in ops/run_case.py); every buffer is exactly as large as it must be, so
 // that a step outside of it is seen.
 #include <algorithm>
 #include <cmath>
@@ -41,6 +41,7 @@ public:
         at_ += count;
     }
     int32_t integer() { return number<int32_t>(); }
+    float real() { return number<float>(); }
     int64_t length() { return number<int64_t>(); }
     template <class T> std::vector<T> array() {
         const int64_t count = length();
@@ -70,7 +71,7 @@ std::string run_case(const std::string &path, int num_threads, std::string &name
     Reader in(path);
     char magic[8];
     in.take(magic, sizeof magic);
-    if (std::memcmp(magic, "RLCASE01", sizeof magic)) return "not a case file";
+    if (std::memcmp(magic, "RLCASE02", sizeof magic)) return "not a case file";
     const auto letters = in.array<char>();
     name.assign(letters.begin(), letters.end());
 
@@ -84,11 +85,19 @@ std::string run_case(const std::string &path, int num_threads, std::string &name
     }
     std::vector<Memory> memory;
     std::vector<rl_weight> weights((size_t)in.integer());
-    for (rl_weight &w : weights) {
+    std::vector<std::vector<int32_t>> orders(weights.size());
+    for (size_t i = 0; i < weights.size(); i++) {
+        rl_weight &w = weights[i];
         const int32_t dimensions = in.integer();
         w.format = in.integer();
         w.rows = in.integer();
         w.columns = in.integer();
+        const int32_t group_size = in.integer(), has_zeros = in.integer();
+        w.rounds_input = in.integer();
+        w.input_scale = in.real();
+        w.outlier = in.real();
+        orders[i] = in.array<int32_t>();
+        w.order = orders[i].empty() ? nullptr : orders[i].data();
         const auto file = in.array<uint8_t>();
         const bool is_vector = dimensions == 1;
         const int64_t bytes = is_vector ? (int64_t)file.size() : rl_packed_bytes(w.format, w.rows, w.columns);
@@ -101,7 +110,7 @@ std::string run_case(const std::string &path, int num_threads, std::string &name
             const Memory rows = allocate((int64_t)file.size());
             std::memcpy(rows.get(), file.data(), file.size());
             for (int32_t begin = 0; begin < w.rows; begin += 32)
-                rl_pack(w.format, rows.get(), begin, begin + 32, w.rows, w.columns, memory.back().get());
+                rl_pack(w.format, group_size, has_zeros, rows.get(), begin, begin + 32, w.rows, w.columns, memory.back().get());
         }
     }
     std::vector<std::vector<float>> constants;

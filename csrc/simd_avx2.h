@@ -112,6 +112,16 @@ static inline codes codes_right(codes c, int bits) {  // bits cross bytes: mask
 static inline codes codes_left(codes c, int bits) {
     return {_mm256_slli_epi16(c.a, bits), _mm256_slli_epi16(c.b, bits)};
 }
+static inline codes codes_flip(codes c) {  // signed to unsigned bytes
+    const __m256i high = _mm256_set1_epi8((char)128);
+    return {_mm256_xor_si256(c.a, high), _mm256_xor_si256(c.b, high)};
+}
+static inline vf lane_byte(codes c, int byte) {  // one of the four of every row
+    const __m128i bits = _mm_cvtsi32_si128(8 * byte);
+    const __m256i mask = _mm256_set1_epi32(255);
+    return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(c.a, bits), mask)),
+            _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srl_epi32(c.b, bits), mask))};
+}
 
 // Sixteen-bit sums of up to 16 products each: codes - 2^shift stays within |16 · 16 · 127| or |8 · 32 · 127|, so the
 // running sums may wrap around as long as the correction is in them from the start.
@@ -191,3 +201,4 @@ constexpr int kWideTile = 2;   // tokens of a tile of signed bytes: 8 sums
 constexpr int kIntTile = 4;    // tokens of a tile of the quantized kernel: 8 sums in 16 registers
 constexpr int kFloatTile = 6;  // and of the float kernel: 12
 constexpr int kScoreRows = 6;  // query rows of the attention kernels
+constexpr bool kByteDots = false;  // 16-bit sums cannot hold products of bytes

@@ -55,6 +55,13 @@ static inline codes codes_and(codes c, int byte) { return _mm512_and_si512(c, _m
 static inline codes codes_or(codes a, codes b) { return _mm512_or_si512(a, b); }
 static inline codes codes_right(codes c, int bits) { return _mm512_srli_epi16(c, bits); }  // bits cross bytes: mask
 static inline codes codes_left(codes c, int bits) { return _mm512_slli_epi16(c, bits); }
+static inline codes codes_flip(codes c) {  // signed to unsigned bytes
+    return _mm512_xor_si512(c, _mm512_set1_epi8((char)128));
+}
+static inline vf lane_byte(codes c, int byte) {  // one of the four of every row
+    const __m512i moved = _mm512_srl_epi32(c, _mm_cvtsi32_si128(8 * byte));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(moved, _mm512_set1_epi32(255)));
+}
 
 // `correction` as activation_sums made it: the dot product of codes - 2^shift.
 static inline idot dot_start(const int32_t *correction, int shift) {
@@ -108,3 +115,4 @@ constexpr int kWideTile = 6;    // tokens of a tile of signed bytes: 12 sums
 constexpr int kIntTile = 8;     // tokens of a tile of the quantized kernel: 8 sums of each kind in 32 registers
 constexpr int kFloatTile = 12;  // and of the float kernel
 constexpr int kScoreRows = 12;  // query rows of the attention kernels
+constexpr bool kByteDots = true;  // dot_step multiplies bytes of 8 bits too

@@ -129,6 +129,18 @@ static inline codes codes_left(codes c, int bits) {
     for (uint64_t &q : c.q) q <<= bits;
     return c;
 }
+static inline codes codes_flip(codes c) {  // signed to unsigned bytes
+    for (uint64_t &q : c.q) q ^= 0x8080808080808080ull;
+    return c;
+}
+static inline vf lane_byte(codes c, int byte) {  // one of the four of every row
+    uint8_t bytes[64];
+    std::memcpy(bytes, &c, 64);
+    return map([&](int i) {
+        const uint8_t *four = bytes + 16 * i + byte;
+        return v4f{(float)four[0], (float)four[4], (float)four[8], (float)four[12]};
+    });
+}
 static inline idot dot_zero() { return {}; }
 static inline idot dot_start(const int32_t *correction, int shift) {
     idot d;
@@ -166,4 +178,5 @@ template <int M> static inline void wide_step(wide_dot *sums, const int8_t *byte
             for (int j = 0; j < 4; j++) sums[m].s[r] += bytes[4 * r + j] * four[m][j];
 }
 static inline vf wide_finish(const wide_dot &sums) { return dot_finish(sums); }
-constexpr int kIntTile = 4, kWideTile = 4, kFloatTile = 4, kScoreRows = 4;
+constexpr int kIntTile = 2, kWideTile = 2, kFloatTile = 4, kScoreRows = 4;
+constexpr bool kByteDots = true;

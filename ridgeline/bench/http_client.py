@@ -177,6 +177,8 @@ class Answer:
     end: float
     """The last token's arrival, or when the request failed."""
     text: str
+    token_ids: tuple[int, ...] | None
+    """None: the server did not say them (`return_token_ids`)."""
     num_prompt_tokens: int | None
     """Of `usage`, as the next two; None: the server did not say."""
     num_output_tokens: int | None
@@ -246,6 +248,7 @@ class Exchange(asyncio.Protocol):
         """The events decoded; done after a run, not during it."""
         token_times: list[float] = []
         pieces: list[str] = []
+        token_ids: list[int] = []
         usage: Mapping[str, Any] = {}
         finish_reason = None
         error = self.failure
@@ -261,6 +264,7 @@ class Exchange(asyncio.Protocol):
             usage = chunk.get("usage") or usage
             for choice in chunk.get("choices") or ():
                 finish_reason = choice.get("finish_reason") or finish_reason
+                token_ids += choice.get("token_ids") or ()
                 if text := _choice_text(choice):
                     token_times.append(arrived)
                     pieces.append(text)
@@ -274,6 +278,7 @@ class Exchange(asyncio.Protocol):
             token_times=tuple(token_times),
             end=token_times[-1] if token_times and error is None else self.end,
             text="".join(pieces),
+            token_ids=tuple(token_ids) or None,
             num_prompt_tokens=usage.get("prompt_tokens"),
             num_output_tokens=usage.get("completion_tokens"),
             num_cached_tokens=details.get("cached_tokens"),
@@ -314,8 +319,8 @@ async def connect(target: Target) -> Exchange:
     return exchange
 
 
-async def get_json(target: Target, path: str) -> Any:
-    """Fetch one JSON document. Raises RidgelineError: nobody there, wrong key, not JSON."""
+async def get_json(target: Target, path: str, body: Mapping[str, Any] | None = None) -> Any:
+    """One JSON document; with a body by POST. Raises RidgelineError: nobody there, wrong key, not JSON."""
     where = f"{target.url}{path}"
     try:
         exchange = await connect(target)
@@ -324,7 +329,7 @@ async def get_json(target: Target, path: str) -> Any:
             f"no server answers at {target.url} ({error or 'timed out'}); start one, or give its address "
             "with --base-url, or --host and --port"
         ) from None
-    await exchange.send(request_bytes(target, path), timeout_s=_CONNECT_TIMEOUT_S)
+    await exchange.send(request_bytes(target, path, body), timeout_s=_CONNECT_TIMEOUT_S)
     parser = exchange.parser
     if parser.status == 401:
         raise RidgelineError(

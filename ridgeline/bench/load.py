@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ridgeline.bench.http_client import Answer, Exchange, Target, clock, connect, request_bytes
-from ridgeline.bench.workload import WorkloadRequest
+from ridgeline.bench.workload import WorkloadRequest, continue_with
 
 Progress = Callable[[int, int, float], None]
 """Called with requests done, requests in all, and seconds since the start."""
@@ -32,6 +32,9 @@ class RequestRecord:
     """One request and what came of it. Times are of `http_client.clock`, in seconds."""
 
     request: WorkloadRequest
+    """As it was sent: a later turn with the real answers in it."""
+    history_is_real: bool
+    """False for a later turn with a stand-in: an answer failed, or the server did not say its tokens."""
     scheduled: float
     """When it should have been sent."""
     free: float
@@ -83,7 +86,7 @@ async def run_workload(
     target: Target,
     requests: Sequence[WorkloadRequest],
     *,
-    payloads: Sequence[bytes],
+    payload: Callable[[WorkloadRequest], bytes],
     max_concurrency: int | None = None,
     closed_loop: bool = False,
     timeout_s: float = 600.0,
@@ -92,9 +95,13 @@ async def run_workload(
     """Send each request's payload (a whole HTTP request) when it is due, and wait for all answers.
 
     In a closed loop a request is due when one of `max_concurrency` places is free. A later turn of a
-    conversation is due when the turn before it has been answered. What goes wrong with one request is in its
-    record; nothing is raised for it.
+    conversation is due when the turn before it has been answered, and is made then, with the answer in it;
+    all other payloads are made before the run. What goes wrong with one request is in its record; nothing is
+    raised for it.
     """
+    requests = list(requests)
+    payloads = [payload(request) for request in requests]
+    is_real = [True] * len(requests)
     places = asyncio.Semaphore(max_concurrency or len(requests))
     scheduled, free = [0.0] * len(requests), [0.0] * len(requests)
     exchanges: dict[int, Exchange] = {}
@@ -102,7 +109,11 @@ async def run_workload(
 
     async def converse(turns: Sequence[int]) -> None:
         ready = started
-        for i in turns:
+        for last, i in zip((None, *turns), turns, strict=False):
+            if last is not None:
+                requests[i], is_real[i] = _continued(requests[i], requests[last], exchanges[last].answer())
+                is_real[i] &= is_real[last]
+                payloads[i] = payload(requests[i])
             due = max(ready, started + requests[i].arrival_s)
             await _sleep_until(due - _CONNECT_AHEAD_S)
             async with places:
@@ -142,6 +153,7 @@ async def run_workload(
         records.append(
             RequestRecord(
                 request=request,
+                history_is_real=is_real[i],
                 scheduled=scheduled[i],
                 free=free[i],
                 counted_from=origin,
@@ -149,6 +161,21 @@ async def run_workload(
             )
         )
     return Run(records=tuple(records), started=started, client_cpu_s=cpu_s, client_wall_s=wall_s)
+
+
+def _continued(
+    request: WorkloadRequest, previous: WorkloadRequest, answer: Answer
+) -> tuple[WorkloadRequest, bool]:
+    """A later turn after this answer, and whether the answer is in it."""
+    end = len(request.prompt_token_ids) - request.own_len
+    stand_in = request.prompt_token_ids[end - previous.max_tokens : end]
+    if answer.error is not None:
+        text = request.texts[-2] if request.texts else None
+        return continue_with(request, previous, stand_in, text=text), False
+    if request.texts:  # what is sent is text: the ids just count
+        counted = stand_in[: answer.num_output_tokens]
+        return continue_with(request, previous, counted, text=answer.text), True
+    return continue_with(request, previous, answer.token_ids or stand_in), answer.token_ids is not None
 
 
 async def _sleep_until(when: float) -> None:
@@ -177,8 +204,7 @@ async def reading_delays() -> list[float]:
     async with server:
         target = Target("127.0.0.1", server.sockets[0].getsockname()[1])
         requests = [WorkloadRequest((), _DELAY_EVENTS) for _ in range(_DELAY_STREAMS)]
-        payloads = [request_bytes(target, "/")] * len(requests)
-        run = await run_workload(target, requests, payloads=payloads)
+        run = await run_workload(target, requests, payload=lambda request: request_bytes(target, "/"))
     return [
         arrived - float(written)
         for record in run.answered

@@ -3,11 +3,13 @@
 Drives any OpenAI-compatible server, so that engines are compared by one client. The options have the names of
 `vllm bench serve`; what the metrics mean is said in `serve_report` and in every result. Each run has words of
 its own, and so have the warm-up requests: no prefix cache hits but where the workload shares a prefix.
+In a conversation each turn follows the server's real answer, as messages, text or token ids.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -36,6 +38,7 @@ _LIMITED = {"ttft": "ttft_ms", "tpot": "tpot_ms", "e2el": "e2el_ms"}
 _WARM_UP_SEED = 1_000_003
 _WARM_UP_TOKENS = 16
 _ASSUMED_VOCAB_SIZE = 32_000
+_MIN_WORDS = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +78,7 @@ class ServeOptions:
     ignore_eos: bool = True
     """Ask the server to go on after end-of-sequence, so that every answer has its full length."""
     prompt_format: PromptFormat = "ids"
-    """Prompts of completions as token ids or as text; chat is always text."""
+    """Prompts of completions as token ids or as text; chat is always text, of words of one token each."""
     vocab_size: int | None = None
     """Token ids are below this; the default is what the server says, or 32,000."""
     seed: int = 0
@@ -168,15 +171,20 @@ async def _measure(options: ServeOptions, progress: Progress | None) -> dict[str
     model, vocab_size = await _served_model(target, options)
     common = options.fields_of_all_requests(model)
     as_text = options.backend == "openai-chat" or options.prompt_format == "text"
-    words = PLAIN_WORDS if as_text else None
+    words, prompts = await _words(target) if as_text else (None, f"random token ids below {vocab_size}")
+    path = options.endpoint or ENDPOINTS[options.backend]
+
+    def payload(request: WorkloadRequest) -> bytes:
+        body = common | {"max_tokens": request.max_tokens, **_prompt(options, request)}
+        if not as_text and request.conversation is not None:
+            body |= {"return_token_ids": True}  # a vLLM extension; the next turn needs them
+        return request_bytes(target, path, body)
 
     async def run(requests: Sequence[WorkloadRequest], report: Progress | None) -> Run:
-        path = options.endpoint or ENDPOINTS[options.backend]
-        bodies = [common | {"max_tokens": r.max_tokens, **_prompt(options, r)} for r in requests]
         done = await run_workload(
             target,
             requests,
-            payloads=[request_bytes(target, path, body) for body in bodies],
+            payload=payload,
             max_concurrency=workload.max_concurrency,
             closed_loop=options.max_concurrency is not None and not any(r.arrival_s for r in requests),
             timeout_s=options.timeout_s,
@@ -208,7 +216,7 @@ async def _measure(options: ServeOptions, progress: Progress | None) -> dict[str
         settings=asdict(options) | {"model": model, "goodput": [*options.goodput], "vocab_size": vocab_size},
         workload=workload.describe(),
         seeds=seeds,
-        details={"server": target.url, **details(runs, workload, limits, delays)},
+        details={"server": target.url, "prompts": prompts, **details(runs, workload, limits, delays)},
     )
 
 
@@ -227,7 +235,32 @@ async def _served_model(target: Target, options: ServeOptions) -> tuple[str, int
     return options.model or card["id"], options.vocab_size or listed or _ASSUMED_VOCAB_SIZE
 
 
+async def _words(target: Target) -> tuple[Sequence[tuple[int, str]], str]:
+    """Words for prompts, and what is known of them: where the server can be asked, each is one token."""
+
+    async def num_tokens(text: str) -> int:
+        # "prompt" is vLLM's name and ours, "content" llama.cpp's; neither counts BOS.
+        body = {"prompt": text, "content": text, "add_special_tokens": False}
+        return len((await get_json(target, "/tokenize", body))["tokens"])
+
+    async def are_one_token(words: Sequence[tuple[int, str]]) -> bool:
+        """Said twice, since some tokenizers put a space of their own in front of a text."""
+        text = "".join(word for _, word in words)
+        return await num_tokens(text + text) - await num_tokens(text) == len(words)
+
+    try:
+        words = PLAIN_WORDS
+        if not await are_one_token(words):
+            words = tuple([word for word in words if await are_one_token((word,))])
+            if len(words) < _MIN_WORDS or not await are_one_token(words):
+                return PLAIN_WORDS, "plain words, of which most are more than one token to the server"
+        return words, f"{len(words)} words, each one token by the server's /tokenize"
+    except (RidgelineError, LookupError, TypeError):
+        return PLAIN_WORDS, "plain words, taken to be one token each: the server has no /tokenize to ask"
+
+
 def _prompt(options: ServeOptions, request: WorkloadRequest) -> dict[str, Any]:
     if options.backend == "openai-chat":
-        return {"messages": [{"role": "user", "content": request.text}]}
+        roles = itertools.cycle(("user", "assistant"))
+        return {"messages": [{"role": next(roles), "content": text} for text in request.texts]}
     return {"prompt": list(request.prompt_token_ids) if options.prompt_format == "ids" else request.text}

@@ -104,6 +104,7 @@ def _counts(runs: Sequence[Run], limits: Mapping[str, float]) -> dict[str, Any]:
         "num_failed": len(every) - len(answered),
         "errors": dict(errors.most_common()),
         "num_prompt_tokens": sum(record.num_prompt_tokens for record in answered),
+        "num_planned_prompt_tokens": sum(len(record.request.prompt_token_ids) for record in answered),
         "num_output_tokens": sum(record.num_output_tokens for record in answered),
         "num_events": sum(len(record.answer.token_times) for record in answered),
         "num_cached_tokens": sum(cached) if cached else None,
@@ -129,10 +130,11 @@ def _warnings(
     """Every reason to doubt a figure, in words."""
     answered = [record for run in runs for record in run.answered]
     short = sum(record.num_output_tokens < record.request.max_tokens for record in answered)
-    planned = sum(len(record.request.prompt_token_ids) for record in answered)
+    stand_ins = sum(not record.history_is_real for run in runs for record in run.records)
     unsaid = sum(record.answer.num_output_tokens is None for record in answered)
     cached, events, tokens = (counts[f"num_{name}"] for name in ("cached_tokens", "events", "output_tokens"))
-    prompt_tokens, late_ms = counts["num_prompt_tokens"], client["send_lateness_ms"]["p99"]
+    prompt_tokens, planned = counts["num_prompt_tokens"], counts["num_planned_prompt_tokens"]
+    late_ms = client["send_lateness_ms"]["p99"]
     doubts = (
         (
             counts["num_failed"] > 0,
@@ -143,13 +145,19 @@ def _warnings(
         (events != tokens, f"{events} events with text for {tokens} output tokens: ITL is between events"),
         (short > 0, f"{short} answers are shorter than the workload asks for"),
         (
+            stand_ins > 0,
+            f"{stand_ins} later turns hold made-up answers: the server did not say the token ids of its own, "
+            "or a turn before failed; --prompt-format text needs no token ids",
+        ),
+        (
             bool(cached) and not workload.shares_prefixes,
             f"{cached} prompt tokens came from a prefix cache though the workload shares none: the server "
             "has seen these prompts; use another --seed",
         ),
         (
             abs(prompt_tokens - planned) > 0.05 * planned,
-            f"the server counts {prompt_tokens} prompt tokens, {planned} were planned",
+            f"the server counts {prompt_tokens} prompt tokens, {planned} were planned; a chat template adds "
+            "tokens of its own",
         ),
         (
             client["cpu_share"] > 0.5,
@@ -190,8 +198,9 @@ def summary(document: Mapping[str, Any]) -> str:
     return "\n".join(
         (
             f"{found['num_requests'] - found['num_failed']} of {found['num_requests']} requests answered in "
-            f"{sum(found['duration_s']):.2f} s: {found['num_prompt_tokens']:,} prompt tokens, "
-            f"{found['num_output_tokens']:,} output tokens",
+            f"{sum(found['duration_s']):.2f} s: {found['num_prompt_tokens']:,} prompt tokens "
+            f"({found['num_planned_prompt_tokens']:,} planned), {found['num_output_tokens']:,} output tokens",
+            f"prompts: {found['prompts']}",
             "",
             f"{'':<36}" + "".join(f"{name:>12}" for name in ("mean", "P50", "P95", "P99")),
             *rows,

@@ -125,10 +125,17 @@ class WorkloadRequest:
     max_tokens: int
     arrival_s: float = 0.0
     """From the start of the run; of a later turn: not before the answer to the turn before."""
-    text: str | None = None
-    """The same prompt as text, where words were given."""
+    texts: tuple[str, ...] = ()
+    """The same prompt as text, where words were given: what the user and the model said, in turn."""
     conversation: int | None = None
     turn: int = 0
+    own_len: int = 0
+    """Tokens at the end of a later turn's prompt that are new; those before are the conversation so far."""
+
+    @property
+    def text(self) -> str | None:
+        """The whole prompt as one text."""
+        return "".join(self.texts) if self.texts else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,8 +182,8 @@ class Workload:
     ) -> list[WorkloadRequest]:
         """The requests in order of arrival; another seed gives other words, the same lengths and times.
 
-        `words` are (token id, text) pairs to draw from instead of all token ids, see `one_token_words`; the
-        requests then have the text too.
+        `words` are (token id, text) pairs to draw from instead of all token ids; the requests then have the
+        text too, and are as long as planned where each word is one token (`PLAIN_WORDS`).
         """
         if vocab_size < 1:
             raise ConfigError(f"vocab_size={vocab_size}: expected the number of token ids of the model")
@@ -189,28 +196,32 @@ class Workload:
 
         prefixes = [draw(self.shared_prefix_len) for _ in range(self.num_prefixes)]
         requests: list[WorkloadRequest] = []
-        history: list[Any] = []
+        parts: list[list[Any]] = []
         arrival = 0.0
         for index in range(self.num_requests):
             conversation, turn = divmod(index, self.turns)
             if turn == 0:
                 arrival = self.arrivals.next(shape, conversation, arrival)
-                history = list(prefixes[conversation % self.num_prefixes])
+                parts = []
             own_len, output_len = (
                 lengths.draw(shape, index) for lengths in (self.prompt_lens, self.output_lens)
             )
-            history += draw(own_len)
+            own = draw(own_len)
+            parts.append(own if turn else prefixes[conversation % self.num_prefixes] + own)
+            history = [word for part in parts for word in part]
             requests.append(
                 WorkloadRequest(
                     tuple(history if words is None else (token_id for token_id, _ in history)),
                     output_len,
                     arrival,
-                    None if words is None else "".join(text for _, text in history),
+                    () if words is None else tuple("".join(text for _, text in part) for part in parts),
                     conversation if self.turns > 1 else None,
                     turn,
+                    own_len,
                 )
             )
-            history += draw(output_len) if turn + 1 < self.turns else []
+            if turn + 1 < self.turns:
+                parts.append(draw(output_len))
         return sorted(requests, key=lambda request: request.arrival_s)
 
     @property
@@ -231,15 +242,19 @@ class Workload:
 
 
 def continue_with(
-    request: WorkloadRequest, previous: WorkloadRequest, answer: Sequence[int]
+    request: WorkloadRequest, previous: WorkloadRequest, answer: Sequence[int], *, text: str | None = None
 ) -> WorkloadRequest:
-    """A later turn with the real answer to the turn before it in place of the stand-in, as token ids.
+    """A later turn with the real answer to the turn before it in place of the stand-in.
 
-    `previous` is the request as it was sent. The text is left out: it would no longer be the same prompt.
+    `previous` is the request as it was sent, `text` the answer as text; without it the texts are left out,
+    since they would no longer be the same prompt.
     """
-    own_len = len(request.prompt_token_ids) - len(previous.prompt_token_ids) - previous.max_tokens
-    own = request.prompt_token_ids[len(request.prompt_token_ids) - own_len :]
-    return replace(request, prompt_token_ids=(*previous.prompt_token_ids, *answer, *own), text=None)
+    own = request.prompt_token_ids[len(request.prompt_token_ids) - request.own_len :]
+    return replace(
+        request,
+        prompt_token_ids=(*previous.prompt_token_ids, *answer, *own),
+        texts=() if text is None or not request.texts else (*previous.texts, text, request.texts[-1]),
+    )
 
 
 def _check_lengths(name: str, lengths: Lengths) -> None:
@@ -378,23 +393,6 @@ def _spec(value: Any, kinds: Mapping[str, type[Any]]) -> Any:
     return kinds[value["kind"]](**options)
 
 
-def one_token_words(pieces: Mapping[str, int], *, marker: str = "Ġ") -> list[tuple[int, str]]:
-    """(token id, " word") of every piece that is a whole lower-case word behind a space.
-
-    `pieces` is a vocabulary, text of the piece -> token id; `marker` is how it writes a space ("▁" in
-    SentencePiece). A prompt of n of them has n tokens as text too, as long as the server adds none.
-    """
-    return [
-        (token_id, " " + piece[len(marker) :])
-        for piece, token_id in pieces.items()
-        if piece.startswith(marker)
-        and len(piece) > len(marker) + 1
-        and piece[len(marker) :].isascii()
-        and piece[len(marker) :].islower()
-        and piece[len(marker) :].isalpha()
-    ]
-
-
 _PLAIN = """
 water stone river mountain valley forest field garden window table paper letter number question answer morning
 evening summer winter light shadow market street village city country people children teacher doctor farmer
@@ -402,4 +400,4 @@ music story picture colour silver gold iron glass bread apple horse bird fish is
 east west little great early late slow quick open closed simple common
 """
 PLAIN_WORDS = tuple(enumerate(f" {word}" for word in _PLAIN.split()))
-"""For a server whose vocabulary is not known: about one token each nearly everywhere."""
+"""Words for prompts that are text: in nearly every vocabulary one token each. The ids stand for no token."""

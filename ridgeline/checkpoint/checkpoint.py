@@ -21,7 +21,12 @@ from ridgeline.errors import CheckpointError
 from ridgeline.quant.formats import QuantFormat
 from ridgeline.quant.weight import Weight
 
-_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_INTEGER_DTYPES = {"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1"}
+_NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"} | _INTEGER_DTYPES
+INTEGERS = {
+    name: QuantFormat(name, None, 1, np.dtype(dtype).itemsize) for name, dtype in _INTEGER_DTYPES.items()
+}
+"""Parts of quantized linears in Hugging Face directories: never a weight by themselves."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""GGUF files, versions 2 and 3, little-endian: a reader that trusts nothing, and a streaming writer.
+"""GGUF files, versions 2 and 3, little-endian: a reader that trusts nothing. `gguf_write` is the writer.
 
     "GGUF" | u32 version | u64 tensors | u64 key-values | key-values | tensor entries | padding | tensor data
     key-value:    string key, u32 type, value              string: u64 length, bytes
@@ -21,7 +21,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -30,15 +30,15 @@ from ridgeline.errors import CheckpointError, ModelNotFoundError
 from ridgeline.quant.formats import GGML_TYPES, Array, QuantFormat
 from ridgeline.quant.weight import Weight
 
-_MAGIC = b"GGUF"
-_VERSIONS = (2, 3)
-_DEFAULT_ALIGNMENT = 32
-_ALIGNMENT_KEY = "general.alignment"
-_MAX_DIMS = 4
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+ALIGNMENT_KEY = "general.alignment"
+MAX_DIMS = 4
 _MAX_ARRAY_DEPTH = 8
 """Nested arrays are recursion: a few bytes a level would otherwise be enough to exhaust the stack."""
 
-_SCALARS = {
+SCALARS = {
     "u8": (0, "B"),
     "i8": (1, "b"),
     "u16": (2, "H"),
@@ -52,12 +52,9 @@ _SCALARS = {
     "f64": (12, "d"),
 }
 """Value type -> its number in the file and its code in `struct`, which numpy reads as well."""
-_SCALAR_TYPES = {number: (name, struct.Struct("<" + code)) for name, (number, code) in _SCALARS.items()}
-_NUMPY_TYPES = {np.dtype(code): name for name, (_, code) in _SCALARS.items()}
-_INTEGER_TYPES = ("u32", "u64", "i32", "i64")
-_ARRAY_INTEGER_TYPES = ("i32", "i64", "u64")
-_BOOL, _STRING, _ARRAY = 7, 8, 9
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_SCALAR_TYPES = {number: (name, struct.Struct("<" + code)) for name, (number, code) in SCALARS.items()}
+_BOOL, STRING, ARRAY = 7, 8, 9
+U32, U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 ValueType = Literal["u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "u64", "i64", "f64", "string"]
 
@@ -100,6 +97,14 @@ class StringArray(Sequence[str]):
 
 
 @dataclass(frozen=True, slots=True)
+class StoredValue:
+    """A metadata value as it stands in a file: the number of its type, and its bytes."""
+
+    type: int
+    payload: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class GGUFCheckpoint:
     """An opened GGUF file. Owns the mapping, which lives as long as any array that was taken from it.
 
@@ -113,6 +118,8 @@ class GGUFCheckpoint:
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
     mapping: mmap.mmap
+    value_spans: Mapping[str, tuple[int, int, int]]
+    """Type, first byte and end of each metadata value."""
     kind: Literal["gguf"] = "gguf"
 
     def weight(self, name: str) -> Weight:
@@ -120,6 +127,13 @@ class GGUFCheckpoint:
         if name not in self.tensors:
             raise missing_tensor(self.path, name, self.tensors)
         return map_weight(self.tensors[name], self.mapping)
+
+    def stored_metadata(self) -> dict[str, StoredValue]:
+        """The metadata with its exact types, for a file that is made from this one."""
+        return {
+            key: StoredValue(value_type, self.mapping[start:end])
+            for key, (value_type, start, end) in self.value_spans.items()
+        }
 
 
 class _HeaderReader:
@@ -153,7 +167,7 @@ class _HeaderReader:
 
     def count(self, where: str, *, min_bytes: int) -> int:
         """A u64 count of things of `min_bytes` or more, for which the rest of the file has room."""
-        count: int = self.number(_U64, where)
+        count: int = self.number(U64, where)
         room = (self.size - self.at) // min_bytes
         if count > room:
             raise self.damaged(where, expected=f"at most {room} (what the file has room for)", found=count)
@@ -165,9 +179,9 @@ class _HeaderReader:
         return self.buffer[start : self.at].decode("utf-8", "surrogateescape")
 
     def value(self, value_type: int, where: str, *, depth: int = 0) -> Any:
-        if value_type == _STRING:
+        if value_type == STRING:
             return self.string(where)
-        if value_type == _ARRAY:
+        if value_type == ARRAY:
             return self.array_value(where, depth=depth + 1)
         if value_type not in _SCALAR_TYPES:
             raise self.damaged(where, expected="a value type from 0 to 12", found=value_type)
@@ -176,15 +190,15 @@ class _HeaderReader:
         return self.number(_SCALAR_TYPES[value_type][1], where)
 
     def array_value(self, where: str, *, depth: int) -> Any:
-        element_type = self.number(_U32, where)
-        if element_type == _ARRAY:
+        element_type = self.number(U32, where)
+        if element_type == ARRAY:
             if depth == _MAX_ARRAY_DEPTH:
                 raise self.damaged(where, expected=f"arrays nested at most {depth} deep", found="more")
             return [
                 self.array_value(where, depth=depth + 1)
                 for _ in range(self.count(f"{where} count", min_bytes=12))
             ]
-        if element_type == _STRING:
+        if element_type == STRING:
             return self.strings(self.count(f"{where} count", min_bytes=8), where)
         if element_type not in _SCALAR_TYPES:
             raise self.damaged(where, expected="an array element type from 0 to 12", found=element_type)
@@ -205,7 +219,7 @@ class _HeaderReader:
     def strings(self, count: int, where: str) -> StringArray:
         """Walk over the lengths; the text itself is not touched."""
         bounds = array("Q", [self.at])
-        note, length_at, buffer, at = bounds.append, _U64.unpack_from, self.buffer, self.at
+        note, length_at, buffer, at = bounds.append, U64.unpack_from, self.buffer, self.at
         try:
             for _ in range(count):
                 at += 8 + length_at(buffer, at)[0]
@@ -238,47 +252,53 @@ def read_gguf(path: str | os.PathLike[str], *, header_only: bool = False) -> GGU
         ) from error
 
     reader = _HeaderReader(path, mapping)
-    magic = mapping[: len(_MAGIC)]
-    if magic != _MAGIC:
-        raise reader.damaged("magic", expected=f"a GGUF file, which starts with {_MAGIC!r}", found=magic)
-    reader.skip(len(_MAGIC), "magic")
-    version = reader.number(_U32, "version")
+    magic = mapping[: len(MAGIC)]
+    if magic != MAGIC:
+        raise reader.damaged("magic", expected=f"a GGUF file, which starts with {MAGIC!r}", found=magic)
+    reader.skip(len(MAGIC), "magic")
+    version = reader.number(U32, "version")
     if version and not version & 0xFFFF:
         raise reader.damaged("version", expected="a little-endian file", found="a big-endian one")
-    if version not in _VERSIONS:
-        raise reader.damaged("version", expected=f"one of {_VERSIONS}", found=version)
+    if version not in VERSIONS:
+        raise reader.damaged("version", expected=f"one of {VERSIONS}", found=version)
 
     num_tensors = reader.count("number of tensors", min_bytes=32)
     num_keys = reader.count("number of keys", min_bytes=13)
-    metadata = _read_metadata(reader, num_keys)
+    metadata, spans = _read_metadata(reader, num_keys)
     alignment = _checked_alignment(reader, metadata)
     tensors = _read_tensor_entries(reader, num_tensors, alignment)
     if not header_only:
         _check_ranges(reader, tensors.values())
-    return GGUFCheckpoint(path, version, alignment, metadata, tensors, mapping)
+    return GGUFCheckpoint(path, version, alignment, metadata, tensors, mapping, spans)
 
 
-def _read_metadata(reader: _HeaderReader, num_keys: int) -> dict[str, Any]:
+def _read_metadata(
+    reader: _HeaderReader, num_keys: int
+) -> tuple[dict[str, Any], dict[str, tuple[int, int, int]]]:
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int, int]] = {}
     for i in range(num_keys):
         key = reader.string(f"key {i} of {num_keys}")
         where = f"key {key!r:.100}"
         if key in metadata:
             raise reader.damaged(where, expected="every key once", found="a second one")
-        metadata[key] = reader.value(reader.number(_U32, f"{where} type"), where)
-    return metadata
+        value_type = reader.number(U32, f"{where} type")
+        start = reader.at
+        metadata[key] = reader.value(value_type, where)
+        spans[key] = (value_type, start, reader.at)
+    return metadata, spans
 
 
 def _checked_alignment(reader: _HeaderReader, metadata: Mapping[str, Any]) -> int:
-    alignment = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
-    if not _is_alignment(alignment):
+    alignment = metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT)
+    if not is_alignment(alignment):
         raise reader.damaged(
-            f"key {_ALIGNMENT_KEY!r}", expected="a power of two of at least 8", found=f"{alignment!r:.80}"
+            f"key {ALIGNMENT_KEY!r}", expected="a power of two of at least 8", found=f"{alignment!r:.80}"
         )
     return int(alignment)
 
 
-def _is_alignment(alignment: object) -> bool:
+def is_alignment(alignment: object) -> bool:
     # The specification asks for a multiple of 8, the readers in circulation for a power of two.
     return type(alignment) is int and alignment >= 8 and alignment & (alignment - 1) == 0
 
@@ -292,11 +312,11 @@ def _read_tensor_entries(reader: _HeaderReader, num_tensors: int, alignment: int
         if name in names:
             raise reader.damaged(where, expected="every tensor once", found="a second one")
         names.add(name)
-        num_dims = reader.number(_U32, where)
-        if not 1 <= num_dims <= _MAX_DIMS:
-            raise reader.damaged(where, expected=f"1 to {_MAX_DIMS} dimensions", found=num_dims)
-        shape = tuple(reader.number(_U64, where) for _ in range(num_dims))[::-1]
-        ggml_type, offset = reader.number(_U32, where), reader.number(_U64, where)
+        num_dims = reader.number(U32, where)
+        if not 1 <= num_dims <= MAX_DIMS:
+            raise reader.damaged(where, expected=f"1 to {MAX_DIMS} dimensions", found=num_dims)
+        shape = tuple(reader.number(U64, where) for _ in range(num_dims))[::-1]
+        ggml_type, offset = reader.number(U32, where), reader.number(U64, where)
         if ggml_type not in GGML_TYPES:
             known = ", ".join(f"{f.name} ({number})" for number, f in sorted(GGML_TYPES.items()))
             raise reader.damaged(
@@ -312,7 +332,7 @@ def _read_tensor_entries(reader: _HeaderReader, num_tensors: int, alignment: int
             raise reader.damaged(where, expected=f"an offset aligned to {alignment}", found=offset)
         relative.append((name, block_format, shape, offset))
 
-    data_start = _align(reader.at, alignment)
+    data_start = align(reader.at, alignment)
     return {
         name: TensorEntry(name, fmt, shape, data_start + offset, fmt.num_bytes(shape), reader.path)
         for name, fmt, shape, offset in relative
@@ -334,169 +354,5 @@ def _check_ranges(reader: _HeaderReader, entries: Iterable[TensorEntry]) -> None
         taken, owner = end, entry.name
 
 
-def _align(offset: int, alignment: int) -> int:
+def align(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
-
-
-@dataclass(frozen=True, slots=True)
-class GGUFValue:
-    """A metadata value with its type forced; for an array, the type of the (innermost) elements."""
-
-    value: Any
-    type: ValueType
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSource:
-    """A tensor to write: declared at once, its bytes taken chunk by chunk when its turn comes."""
-
-    name: str
-    format: QuantFormat
-    shape: tuple[int, ...]
-    """Row-major."""
-    chunks: Iterable[bytes | memoryview | Array]
-    """Together `format.num_bytes(shape)` bytes: one array, or a generator of pieces of any size."""
-
-
-def write_gguf(
-    path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: Iterable[TensorSource]
-) -> None:
-    """Write a version 3 file; the data is streamed, and `path` appears only when it is complete.
-
-    A Python int becomes u32, or the first of u64, i32, i64 that holds it; in arrays i32, i64 or u64 (token
-    types and the like are i32 by convention). A float becomes f32. Numpy values keep their type. `GGUFValue`
-    forces one.
-    """
-    path = Path(path)
-    alignment = metadata.get(_ALIGNMENT_KEY, _DEFAULT_ALIGNMENT)
-    if not _is_alignment(alignment):
-        raise CheckpointError(
-            f"{path}: {_ALIGNMENT_KEY}: expected a power of two of at least 8, got {alignment!r}"
-        )
-    sources = list(tensors)
-    _check_sources(path, sources)
-
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_header(path, metadata, sources, alignment))
-            for source in sources:
-                _pad(file, alignment)
-                _write_chunks(file, path, source)
-            _pad(file, alignment)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _check_sources(path: Path, sources: list[TensorSource]) -> None:
-    names: set[str] = set()
-    for source in sources:
-        shape, block_size = source.shape, source.format.block_size
-        if not 1 <= len(shape) <= _MAX_DIMS or min(shape) < 1 or shape[-1] % block_size:
-            raise CheckpointError(
-                f"{path}: tensor {source.name!r}: expected 1 to {_MAX_DIMS} dimensions, all positive, the "
-                f"last one a multiple of {block_size} for {source.format.name}, got {shape}"
-            )
-        if source.format.ggml_type is None:
-            raise CheckpointError(
-                f"{path}: tensor {source.name!r}: {source.format.name} is no format of GGUF"
-            )
-        if source.name in names:
-            raise CheckpointError(f"{path}: tensor {source.name!r} is given twice; names must differ")
-        names.add(source.name)
-
-
-def _header(path: Path, metadata: Mapping[str, Any], sources: list[TensorSource], alignment: int) -> bytes:
-    parts = [_MAGIC, _U32.pack(_VERSIONS[-1]), _U64.pack(len(sources)), _U64.pack(len(metadata))]
-    for key, value in metadata.items():
-        try:
-            number, payload = _encode(value)
-        except (struct.error, OverflowError, TypeError, UnicodeEncodeError) as error:
-            raise CheckpointError(
-                f"{path}: key {key!r}: cannot be written: {error}; give a number, string or list of one "
-                "kind, with GGUFValue(value, type) where the type is not plain"
-            ) from error
-        parts += [_string_bytes(key), _U32.pack(number), payload]
-
-    offset = 0
-    for source in sources:
-        dims = source.shape[::-1]
-        parts.append(_string_bytes(source.name))
-        parts.append(struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, source.format.ggml_type, offset))
-        offset = _align(offset + source.format.num_bytes(source.shape), alignment)
-    return b"".join(parts)
-
-
-def _string_bytes(text: object) -> bytes:
-    if not isinstance(text, str):
-        raise TypeError(f"{text!r:.80} is not a string")
-    encoded = text.encode("utf-8", "surrogateescape")
-    return _U64.pack(len(encoded)) + encoded
-
-
-def _encode(value: Any, forced: str | None = None) -> tuple[int, bytes]:
-    """A metadata value -> its type's number, its bytes. `struct` refuses what the type cannot hold."""
-    if isinstance(value, GGUFValue):
-        return _encode(value.value, value.type)
-    if isinstance(value, np.ndarray | np.generic):
-        return _encode(value.tolist(), forced or _NUMPY_TYPES.get(value.dtype))
-    if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        kind = forced or _infer([value], _INTEGER_TYPES)
-        if kind == "string":
-            return _STRING, _string_bytes(value)
-        number, code = _SCALARS[kind]
-        return number, struct.pack("<" + code, value)
-
-    elements = list(value)
-    nested = bool(elements) and all(
-        isinstance(e, Sequence | np.ndarray) and not isinstance(e, str | bytes) for e in elements
-    )
-    kind = "array" if nested else forced or _infer(elements, _ARRAY_INTEGER_TYPES)
-    if kind == "array":
-        number, payload = _ARRAY, b"".join(_encode(e, forced)[1] for e in elements)
-    elif kind == "string":
-        number, payload = _STRING, b"".join(_string_bytes(e) for e in elements)
-    else:
-        number, code = _SCALARS[kind]
-        payload = struct.pack(f"<{len(elements)}{code}", *elements)
-    return _ARRAY, _U32.pack(number) + _U64.pack(len(elements)) + payload
-
-
-def _infer(elements: list[Any], integer_types: tuple[str, ...]) -> str:
-    kinds = {type(e) for e in elements}
-    if kinds == {bool}:
-        return "bool"
-    if kinds == {str}:
-        return "string"
-    if kinds == {int}:
-        # The last one is tried in any case: struct says then what does not fit.
-        return next((t for t in integer_types if _holds(t, elements)), integer_types[-1])
-    if kinds and kinds <= {int, float}:
-        return "f32"
-    raise TypeError(f"no type for {', '.join(sorted(k.__name__ for k in kinds)) or 'an empty list'}")
-
-
-def _holds(integer_type: str, elements: list[int]) -> bool:
-    limits = np.iinfo(_SCALARS[integer_type][1])
-    return int(limits.min) <= min(elements) and max(elements) <= int(limits.max)
-
-
-def _pad(file: IO[bytes], alignment: int) -> None:
-    file.write(bytes(_align(file.tell(), alignment) - file.tell()))
-
-
-def _write_chunks(file: IO[bytes], path: Path, source: TensorSource) -> None:
-    expected, written = source.format.num_bytes(source.shape), 0
-    for chunk in source.chunks:
-        piece = np.ascontiguousarray(chunk).data if isinstance(chunk, np.ndarray) else memoryview(chunk)
-        written += piece.nbytes
-        if written > expected:
-            break
-        file.write(piece)
-    if written != expected:
-        found = "more" if written > expected else written
-        raise CheckpointError(
-            f"{path}: tensor {source.name!r}: expected {expected} bytes for {source.format.name} of shape "
-            f"{source.shape}, got {found}; nothing was written"
-        )

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ridgeline.checkpoint.checkpoint import TensorEntry, map_weight, missing_tensor
+from ridgeline.checkpoint.checkpoint import INTEGERS, TensorEntry, map_weight, missing_tensor
 from ridgeline.errors import CheckpointError, ModelNotFoundError
-from ridgeline.quant.formats import FORMATS, QuantFormat
+from ridgeline.quant.formats import FORMATS, Array, QuantFormat
 from ridgeline.quant.weight import Weight
 
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors library."""
-DTYPES = {name: FORMATS[name] for name in ("F64", "F32", "F16", "BF16")}
+DTYPES = {name: FORMATS[name] for name in ("F64", "F32", "F16", "BF16")} | INTEGERS
 INDEX = "model.safetensors.index.json"
 
 
@@ -39,7 +39,20 @@ class HFCheckpoint:
     kind: Literal["hf"] = "hf"
 
     def weight(self, name: str) -> Weight:
-        """The tensor, memory-mapped. `CheckpointError` if there is none of that name."""
+        """The tensor, memory-mapped. `CheckpointError` if there is none of that name, or integers."""
+        weight = self._map(name)
+        if weight.format.name in INTEGERS:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} is of dtype {weight.format.name}; expected floats, or a "
+                "quantization_config in config.json that says what they mean"
+            )
+        return weight
+
+    def array(self, name: str) -> Array:
+        """The values as they are stored, memory-mapped; bfloat16 as uint16."""
+        return self._map(name).data
+
+    def _map(self, name: str) -> Weight:
         if name not in self.tensors:
             raise missing_tensor(self.path, name, self.tensors)
         entry = self.tensors[name]

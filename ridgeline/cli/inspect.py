@@ -10,9 +10,10 @@ from typing import Any
 
 from ridgeline.checkpoint.checkpoint import Checkpoint, TensorEntry
 from ridgeline.cli.options import print_json
+from ridgeline.compress.sizes import stored_bytes
 from ridgeline.errors import RidgelineError
 from ridgeline.models.decoder import record_decoder
-from ridgeline.models.load import load_model, open_checkpoint
+from ridgeline.models.load import LoadedModel, load_model, open_checkpoint
 from ridgeline.models.locate import locate_model
 from ridgeline.ops.fuse import fuse, rules_named
 from ridgeline.tokenizer import load_tokenizer
@@ -97,7 +98,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         ],
     }
     try:
-        document["config"] = asdict(load_model(checkpoint.path).config)
+        model = load_model(checkpoint.path)
+        document["config"] = asdict(model.config)
+        if "quantization_config" in checkpoint.metadata:
+            document |= _decoded(model)
     except RidgelineError as error:
         document["problems"].append(str(error))
     try:
@@ -112,6 +116,25 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     except RidgelineError as error:
         document["problems"].append(str(error))
     return document
+
+
+def _decoded(model: LoadedModel) -> dict[str, Any]:
+    """The figures of the weights that several integer tensors of a quantized directory hold together."""
+    distinct = list({id(weight): weight for weight in model.weights.values()}.values())
+    parameters = sum(weight.num_elements for weight in distinct)
+    num_bytes = sum(map(stored_bytes, distinct))
+    formats: dict[str, dict[str, int]] = {}
+    for weight in distinct:
+        count = formats.setdefault(weight.format.name, {"tensors": 0, "parameters": 0, "bytes": 0})
+        count["tensors"] += 1
+        count["parameters"] += weight.num_elements
+        count["bytes"] += stored_bytes(weight)
+    return {
+        "parameters": parameters,
+        "tensor_bytes": num_bytes,
+        "bits_per_weight": 8 * num_bytes / parameters,
+        "formats": dict(sorted(formats.items(), key=lambda item: -item[1]["bytes"])),
+    }
 
 
 def _num_elements(entry: TensorEntry) -> int:

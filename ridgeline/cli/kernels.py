@@ -8,38 +8,37 @@ in the same run.
 from __future__ import annotations
 
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from cyclopts import App, Parameter
 
 from ridgeline.cli.options import make_app, print_json
 from ridgeline.errors import ConfigError
-from ridgeline.kvcache.layout import CacheLayout
-from ridgeline.ops.batch import ForwardBatch, Row
-from ridgeline.ops.cases import KernelCase, all_cases, dump_case, make_weight, run_case
+from ridgeline.ops.cases import all_cases
 from ridgeline.ops.fuse import RULES
 from ridgeline.ops.native import (
     ATTENTION_IMPLS,
     ISA_VARIABLE,
     ISAS,
     PAGE_DTYPES,
-    NativeProgram,
     library_files,
     load_library,
     usable_isas,
 )
-from ridgeline.ops.packing import WEIGHT_FORMATS
-from ridgeline.ops.program import Opcode
-from ridgeline.ops.recorder import Recorder
-from ridgeline.quant.formats import FORMATS
-from ridgeline.quant.weight import Weight
+from ridgeline.ops.packing import GROUP_KERNELS, KERNELS, WEIGHT_FORMATS, format_number
+from ridgeline.ops.run_case import dump_case, run_case
+from ridgeline.ops.sketch import KernelCase
+from ridgeline.profiling.kernel_times import (
+    measure_attention,
+    measure_fma,
+    measure_linear,
+)
+from ridgeline.quant.formats import FORMATS, QuantFormat, format_named
 
 kernels = make_app(
     name="kernels",
@@ -65,43 +64,10 @@ CPU_FLAGS = {
     "generic": (),
 }
 """Names in /proc/cpuinfo of what rl_cpu_supports asks for, each with what the next one needs."""
-CACHED_SHAPE = (64, 256)
-"""Rows and columns of the float32 matrix whose rate is the machine's: it and the activations fit in L2."""
-CACHED_TOKENS = 128
 SECONDS = 0.2
 """Spent on each measurement, at least three repeats."""
 
-Implementation = Literal["naive", "flash"]
 Names = Annotated[str | None, Parameter(show_default=False)]
-
-
-@dataclass(frozen=True, slots=True)
-class LinearPerf:
-    """One format and number of tokens: the median of repeats."""
-
-    format: str
-    tokens: int
-    milliseconds: float
-    gmacs: float
-    """1e9 multiply-adds a second"""
-    weight_gb_per_s: float
-    """packed bytes of the matrix over the time"""
-    share_of_fma: float
-    """gmacs over those of the float32 kernel on a matrix in the cache"""
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionPerf:
-    """Prefill of `length` tokens by one attention instruction."""
-
-    impl: Implementation
-    length: int
-    milliseconds: float
-    gmacs: float
-    scratch_bytes: int
-    """what the kernel holds besides q, K, V and the output"""
-    moved_bytes: int
-    """q, output, K and V once; naive also has the scores written twice and read twice, softmax between"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,16 +189,21 @@ def linear(
         End with one JSON document.
     """
     chosen, _ = load_library(isa)
-    formats = WEIGHT_FORMATS if format is None else tuple(name.strip() for name in format.split(","))
-    if unknown := [name for name in formats if name not in WEIGHT_FORMATS]:
-        raise ConfigError(f"no kernel for {', '.join(unknown)}; formats: {', '.join(WEIGHT_FORMATS)}")
+    formats = KERNELS if format is None else tuple(name.strip() for name in format.split(","))
+    if unknown := [name for name in formats if name not in KERNELS]:
+        raise ConfigError(f"no kernel for {', '.join(unknown)}; formats: {', '.join(KERNELS)}")
     if columns % 256 or columns < 1 or rows < 1:
         raise ConfigError(
             f"--rows {rows} --columns {columns}: columns must be a multiple of 256, rows positive"
         )
-    fma, results = measure_linear(
-        formats, _numbers(tokens, "--tokens"), isa=chosen, rows=rows, columns=columns, num_threads=threads
-    )
+    common: dict[str, Any] = {"isa": chosen, "num_threads": threads, "seconds": SECONDS}
+    counts = _numbers(tokens, "--tokens")
+    fma = measure_fma(**common)
+    results = [
+        measure_linear(name, count, fma, rows=rows, columns=columns, **common)
+        for name in formats
+        for count in counts
+    ]
     if json:
         print_json(
             {"isa": chosen, "threads": threads, "fma_gmacs": fma, "results": [asdict(r) for r in results]}
@@ -254,74 +225,6 @@ def _numbers(text: str, flag: str) -> tuple[int, ...]:
     if not numbers or min(numbers) < 1:
         raise ConfigError(f"{flag} {text!r}: expected positive whole numbers with commas between, as 1,16")
     return numbers
-
-
-def measure_linear(
-    formats: Sequence[str],
-    tokens: Sequence[int],
-    *,
-    isa: str | None = None,
-    rows: int = 2048,
-    columns: int = 2048,
-    num_threads: int = 1,
-    seconds: float = SECONDS,
-) -> tuple[float, list[LinearPerf]]:
-    """GMAC/s of float32 on a matrix in the cache, and what each format reaches for each number of tokens."""
-    fma = _time_linear("F32", CACHED_TOKENS, isa, *CACHED_SHAPE, num_threads, seconds, 1.0).gmacs
-    return fma, [
-        _time_linear(format, count, isa, rows, columns, num_threads, seconds, fma)
-        for format in formats
-        for count in tokens
-    ]
-
-
-def _time_linear(
-    format: str,
-    tokens: int,
-    isa: str | None,
-    rows: int,
-    columns: int,
-    threads: int,
-    seconds: float,
-    fma: float,
-) -> LinearPerf:
-    rng = np.random.default_rng(1)
-    recorder = Recorder()
-    values = rng.standard_normal((tokens, columns), np.float32)
-    x = recorder.embed(recorder.bind(Weight("x", FORMATS["F32"], values.shape, {"data": values})), None)
-    w = make_weight("w", rows, columns, format=format, rng=rng, std=0.02)
-    y = recorder.linear(x, recorder.bind(w))
-    layout = CacheLayout(
-        num_layers=1, num_kv_heads=1, head_dim=16, dtype="float32", block_size=32, num_blocks=-(-tokens // 32)
-    )
-    native = NativeProgram(
-        recorder.program(y), layout, max_tokens=tokens, max_logits=1, num_threads=threads, isa=isa
-    )
-    batch = ForwardBatch.from_rows([_row(tokens)], block_size=32)
-    taken = _median_seconds(native, batch, Opcode.LINEAR, seconds)
-    num_bytes = native.packed_bytes - 4 * -(-tokens // 16) * 16 * columns
-    native.close()
-    gmacs = tokens * rows * columns / taken / 1e9
-    return LinearPerf(format, tokens, 1e3 * taken, gmacs, num_bytes / taken / 1e9, gmacs / fma)
-
-
-def _row(num_tokens: int) -> Row:
-    return Row(tuple(range(num_tokens)), 0, tuple(range(-(-num_tokens // 32))), 1)
-
-
-def _median_seconds(native: NativeProgram, batch: ForwardBatch, opcode: Opcode, seconds: float) -> float:
-    """Time of the one instruction with this opcode, after a step that touches every buffer."""
-    at = [i.opcode for i in native.program.instructions].index(opcode)
-    native.step(batch)
-    native.take_times()
-    native.step(batch)
-    native.take_times()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        native.step(batch)
-        times.append(float(native.take_times()[at]))
-    return statistics.median(times)
 
 
 @perf.command
@@ -360,7 +263,7 @@ def attention(
         raise ConfigError(f"unknown attention {', '.join(unknown)}; there are {', '.join(ATTENTION_IMPLS)}")
     known = [name for name in ("naive", "flash") if name in impls]
     results = [
-        measure_attention(name, length, isa=chosen, num_threads=threads)
+        measure_attention(name, length, isa=chosen, num_threads=threads, seconds=SECONDS)
         for name in known
         for length in _numbers(lengths, "--lengths")
     ]
@@ -373,59 +276,6 @@ def attention(
     for r in results:
         write(f"{r.impl:8}{r.length:8}{r.milliseconds:10.2f}{r.gmacs:10.1f}")
         write(f"{r.scratch_bytes:16,}{r.moved_bytes:16,}\n")
-
-
-def measure_attention(
-    impl: Implementation,
-    length: int,
-    *,
-    isa: str | None = None,
-    heads: int = 9,
-    kv_heads: int = 3,
-    head_dim: int = 64,
-    num_threads: int = 1,
-    seconds: float = SECONDS,
-) -> AttentionPerf:
-    """Prefill of `length` tokens; multiply-adds count the pairs that causal attention must score."""
-    rng = np.random.default_rng(1)
-    recorder = Recorder()
-
-    def table(name: str, columns: int) -> Weight:
-        values = rng.standard_normal((length, columns), np.float32)
-        return Weight(name, FORMATS["F32"], values.shape, {"data": values})
-
-    q, k, v = (
-        recorder.embed(recorder.bind(table(name, count * head_dim)), None)
-        for name, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
-    )
-    recorder.store_kv(0, k, v, None)
-    out = recorder.attention(0, q, None, head_dim=head_dim, scale=head_dim**-0.5)
-    layout = CacheLayout(
-        num_layers=1,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        dtype="float32",
-        block_size=32,
-        num_blocks=-(-length // 32),
-    )
-    native = NativeProgram(
-        recorder.program(out),
-        layout,
-        max_tokens=length,
-        max_logits=1,
-        num_threads=num_threads,
-        attention=impl,
-        isa=isa,
-    )
-    batch = ForwardBatch.from_rows([_row(length)], block_size=32)
-    taken = _median_seconds(native, batch, Opcode.ATTENTION, seconds)
-    scratch = native.scratch_bytes
-    native.close()
-    moved = 4 * length * head_dim * (2 * heads + 2 * kv_heads)
-    if impl == "naive":
-        moved += 4 * 4 * heads * length * length
-    macs = 2 * heads * head_dim * length * (length + 1) // 2
-    return AttentionPerf(impl, length, 1e3 * taken, macs / taken / 1e9, scratch, moved)
 
 
 @kernels.command
@@ -458,12 +308,12 @@ def explain(*, json: bool = False) -> None:
     reason = "the best usable one" if chosen == usable[0] else f"{ISA_VARIABLE}={chosen}"
     formats = [
         FormatInfo(
-            name,
-            _kernel_of(name),
-            library.rl_packed_bytes(FORMATS[name].ggml_type, 16, 256) / (16 * 256),
-            FORMATS[name].bits_per_weight / 8,
+            format.name,
+            _kernel_of(format),
+            library.rl_packed_bytes(format_number(format), 16, 1024) / (16 * 1024),
+            format.bits_per_weight / 8,
         )
-        for name in WEIGHT_FORMATS
+        for format in map(format_named, (*WEIGHT_FORMATS, *GROUP_KERNELS))
     ]
     rules = {name: (rule.__doc__ or "").partition("\n")[0] for name, rule in RULES.items()}
     if json:
@@ -484,10 +334,14 @@ def explain(*, json: bool = False) -> None:
     lines += [f"  {s['isa']:9} {s['why']}" for s in sets]
     lines += ["", "weight formats (packed and file bytes per weight)"]
     lines += [
-        f"  {f.name:6}{f.bytes_per_weight:8.4f}{f.file_bytes_per_weight:8.4f}  {f.kernel}" for f in formats
+        f"  {f.name:13}{f.bytes_per_weight:8.4f}{f.file_bytes_per_weight:8.4f}  {f.kernel}" for f in formats
     ]
     others = [name for name in FORMATS if name not in WEIGHT_FORMATS]
-    lines += [f"  {', '.join(others)}: no kernel, held as F32"]
+    lines += [
+        f"  {', '.join(others)}: no kernel, held as F32",
+        "  other groups are packed by the largest of 64, 32 and 16 that divides them, else held as F32;",
+        "  symmetric ones get a zero point",
+    ]
     lines += ["", f"KV pages: {', '.join(PAGE_DTYPES)}", f"attention: {', '.join(ATTENTION_IMPLS)}"]
     lines += ["", "fusion rules, in order"] + [f"  {name:20} {text}" for name, text in rules.items()]
     sys.stdout.write("\n".join(lines) + "\n")
@@ -507,13 +361,16 @@ PLANES = {2: "2", 3: "2 + 1", 4: "4", 5: "4 + 1", 6: "4 + 2", 8: "8"}
 """How csrc/packed.h splits the bits of a code."""
 
 
-def _kernel_of(format: str) -> str:
+def _kernel_of(format: QuantFormat) -> str:
     """How a matrix of this format is multiplied."""
-    if not format.startswith("Q"):
+    name = format.name
+    if format.codes is not None:
+        bits, columns, mins = format.codes.bits, format.block_size, " and a zero point"
+    elif name.startswith("Q"):
+        bits, columns = int(name[1]), 16 if name in ("Q2_K", "Q3_K", "Q6_K") else 32
+        mins = " and a min" if name.endswith("_1") or name in ("Q2_K", "Q4_K", "Q5_K") else ""
+    else:
         return "float columns, float32 activations"
-    bits = int(format[1])
-    columns = 16 if format in ("Q2_K", "Q3_K", "Q6_K") else 32
-    mins = " and a min" if format.endswith("_1") or format in ("Q2_K", "Q4_K", "Q5_K") else ""
     inputs = "int16" if bits == 8 else "int8"
     return (
         f"{bits}-bit codes in planes of {PLANES[bits]}, a scale{mins} for {columns} columns, "

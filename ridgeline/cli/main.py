@@ -35,6 +35,8 @@ COMMANDS = {
     "machine": "The limits of this machine, or of a described one.",
     "roofline": "Bytes, FLOPs and predicted time of every op; the measured time beside it.",
     "plan": "What fits in memory and how fast it will be, before anything is loaded.",
+    "quantize": "Make a model smaller by a recipe, write it, and say what it cost.",
+    "pareto": "Quality against size and speed over recipes; the best under a limit.",
     "eval": "Perplexity, divergence from a reference, needle in a context.",
     "simulate": "A workload through the real scheduler with predicted step times, without tensors.",
     "ladder": "Climb from the naive loop to the full engine, one switch at a time.",

@@ -1,26 +1,30 @@
 """From a file to a model: its config, its weights by canonical name, memory-mapped and checked.
 
 Every tensor that the config calls for must be there with the shape that follows from it. Only what a load
-option or the file's row order forces is copied; all else stays a view of the mapped file.
+option or the file's row order forces is copied; all else stays a view of the mapped file. The quantized
+linears of a Hugging Face directory become rows of group blocks, one tensor after the other, never floats.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from ridgeline.checkpoint.checkpoint import Checkpoint, missing_tensor
+from ridgeline.checkpoint.checkpoint import INTEGERS, Checkpoint, missing_tensor
 from ridgeline.checkpoint.gguf import read_gguf
-from ridgeline.checkpoint.safetensors import read_hf, read_json
+from ridgeline.checkpoint.quant_config import CODES, SUFFIXES, quant_scheme
+from ridgeline.checkpoint.safetensors import HFCheckpoint, read_hf, read_json
+from ridgeline.checkpoint.stored import Parts, QuantScheme, StoredLinear
 from ridgeline.config import LoadConfig, ModelConfig
 from ridgeline.errors import CheckpointError
 from ridgeline.logs import logger
 from ridgeline.models.registry import ModelSpec, expected_shapes, spec_for
 from ridgeline.models.surgery import change_config, change_kv_heads, unpermute
-from ridgeline.quant.formats import FORMATS, QuantFormat
+from ridgeline.ops.packing import give_back
+from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.weight import Weight
 
 IGNORED_TENSORS = ("rope_freqs.weight", "rotary_emb.inv_freq", "output_norm_enc.weight")
@@ -74,16 +78,22 @@ def describe_model(path: str | Path, load: LoadConfig | None = None) -> LoadedMo
     """A model without its values: config, shapes and formats, from headers alone.
 
     A GGUF file may end after its header; of a Hugging Face model config.json is enough, whose `torch_dtype`
-    (`dtype`) is then the format of all weights. Raises CheckpointError, ModelNotFoundError.
+    (`dtype`) is then the format of all weights. Of quantized linears scales and zero points are read too: the
+    format depends on them. Raises CheckpointError, ModelNotFoundError.
     """
     path = Path(path)
     if path.is_file() and path.suffix == ".json":
         path = path.parent
-    formats: dict[str, QuantFormat] = {}
+    known: dict[str, Weight] = {}
     checkpoint: Checkpoint | None = None
     if path.is_dir() and not any(path.glob("*.safetensors")):
         metadata = read_json(path / "config.json")
         spec = spec_for("hf", metadata, file=str(path))
+        if quant_scheme(path, metadata) is not None:
+            raise CheckpointError(
+                f"{path}: expected the *.safetensors files of a quantized model, found config.json only; the "
+                "formats of its weights depend on what they hold"
+            )
         original = spec.config_from_hf(metadata, file=str(path / "config.json"))
         dtype = str(metadata.get("dtype", metadata.get("torch_dtype", "bfloat16")))
         default = FORMATS[{"float32": "F32", "float16": "F16"}.get(dtype, "BF16")]
@@ -91,16 +101,15 @@ def describe_model(path: str | Path, load: LoadConfig | None = None) -> LoadedMo
         checkpoint = read_hf(path) if path.is_dir() else read_gguf(path, header_only=True)
         spec = spec_for(checkpoint.kind, checkpoint.metadata, file=str(path))
         original = _read_config(checkpoint, spec, str(path), with_data=False)
-        prefix, is_gguf = _hf_prefix(checkpoint), checkpoint.kind == "gguf"
-        for name in expected_shapes(original):
-            stored = _stored_name(spec, name, is_gguf=is_gguf, prefix=prefix)
-            if stored not in checkpoint.tensors:
-                raise missing_tensor(checkpoint.path, stored, checkpoint.tensors)
-            formats[name] = checkpoint.tensors[stored].format
+        for name, found in _Tensors.of(checkpoint, spec).all(original):
+            if isinstance(found, StoredLinear):
+                known[name] = Weight(name, found.format, found.shape, {}, found.activation)
+            else:
+                known[name] = Weight(name, checkpoint.tensors[found].format, (), {})
         default = FORMATS["F32"]
     config = change_config(original, load or LoadConfig())
     weights = {
-        name: Weight(name, formats.get(name, default), shape, {})
+        name: replace(known.get(name) or Weight(name, default, (), {}), shape=shape)
         for name, shape in expected_shapes(config).items()
     }
     if original.tie_embeddings:
@@ -113,6 +122,9 @@ def _read_config(
 ) -> ModelConfig:
     if checkpoint.kind == "hf":
         config = spec.config_from_hf(checkpoint.metadata, file=f"{file}/config.json")
+        codes = [checkpoint.tensors.get(f"lm_head.{suffix}") for suffix in CODES]
+        if any(entry is not None and entry.format.name in INTEGERS for entry in codes):
+            config = replace(config, tie_embeddings=False)  # quantized apart from the embedding
     else:
         names = frozenset(checkpoint.tensors)
         config = spec.config_from_gguf(checkpoint.metadata, file=file, tensors=names)
@@ -139,22 +151,67 @@ def _read_config(
     return config
 
 
+@dataclass(frozen=True, slots=True)
+class _Tensors:
+    """What a file calls each weight, and how its linears are quantized."""
+
+    checkpoint: Checkpoint
+    spec: ModelSpec
+    prefix: str
+    scheme: QuantScheme | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, spec: ModelSpec) -> _Tensors:
+        scheme = None if checkpoint.kind == "gguf" else quant_scheme(checkpoint.path, checkpoint.metadata)
+        return cls(checkpoint, spec, _hf_prefix(checkpoint), scheme)
+
+    def all(self, config: ModelConfig) -> Iterator[tuple[str, StoredLinear | str]]:
+        """Every weight that the config calls for: a quantized linear, or the name of its tensor."""
+        path, tensors = self.checkpoint.path, self.checkpoint.tensors
+        for name, shape in expected_shapes(config).items():
+            stored = self._stored_name(name)
+            linear = self._linear(stored) if len(shape) == 2 else None
+            if linear is None and stored not in tensors:
+                raise missing_tensor(path, stored, tensors)
+            found = tensors[stored].shape if linear is None else linear.shape
+            if found != shape:
+                raise CheckpointError(f"{path}: tensor {stored!r} has shape {found}; the config says {shape}")
+            yield name, stored if linear is None else linear
+
+    def parts_of(self, name: str) -> list[str]:
+        """Names of the tensors that make up a weight."""
+        module = self._stored_name(name).removesuffix(".weight")
+        return [n for n in (f"{module}.{suffix}" for suffix in SUFFIXES) if n in self.checkpoint.tensors]
+
+    def _linear(self, stored: str) -> StoredLinear | None:
+        if self.scheme is None or not isinstance(self.checkpoint, HFCheckpoint):
+            return None
+        return self.scheme.read(
+            Parts(self.checkpoint, stored.removesuffix(".weight"), str(self.checkpoint.path))
+        )
+
+    def _stored_name(self, name: str) -> str:
+        if self.checkpoint.kind == "gguf":
+            return self.spec.names.to_gguf(name)
+        stored = self.spec.names.to_hf(name)
+        return self.prefix + stored.removeprefix("model.") if stored.startswith("model.") else stored
+
+
 def _read_weights(checkpoint: Checkpoint, spec: ModelSpec, config: ModelConfig) -> dict[str, Weight]:
-    file, is_gguf = str(checkpoint.path), checkpoint.kind == "gguf"
-    shapes = expected_shapes(config)
-    prefix = _hf_prefix(checkpoint)
+    tensors = _Tensors.of(checkpoint, spec)
+    permuted = checkpoint.kind == "gguf" and spec.gguf_permuted
     weights: dict[str, Weight] = {}
     used: set[str] = set()
-    for name, shape in shapes.items():
-        stored = _stored_name(spec, name, is_gguf=is_gguf, prefix=prefix)
-        if stored not in checkpoint.tensors:
-            raise missing_tensor(checkpoint.path, stored, checkpoint.tensors)
-        found = checkpoint.tensors[stored].shape
-        if found != shape:
-            raise CheckpointError(f"{file}: tensor {stored!r} has shape {found}; the config says {shape}")
-        used.add(stored)
-        weight = checkpoint.weight(stored)
-        if is_gguf and spec.gguf_permuted and (".q_proj" in name or ".k_proj" in name):
+    for name, found in tensors.all(config):
+        used.update(tensors.parts_of(name) if isinstance(found, StoredLinear) else [found])
+        if isinstance(found, StoredLinear):
+            assert isinstance(checkpoint, HFCheckpoint)
+            weights[name] = found.weight(name)
+            for part in tensors.parts_of(name):
+                give_back(checkpoint.array(part))
+            continue
+        weight = checkpoint.weight(found)
+        if permuted and (".q_proj" in name or ".k_proj" in name):
             num_heads = config.num_heads if ".q_proj" in name else config.num_kv_heads
             weight = unpermute(weight, num_heads=num_heads)
         weights[name] = replace(weight, name=name)
@@ -167,20 +224,12 @@ def _check_unused(checkpoint: Checkpoint, names: list[str], config: ModelConfig)
     for name in names:
         if name.endswith(".bias") and np.any(checkpoint.weight(name).data):
             raise CheckpointError(f"{checkpoint.path}: tensor {name!r} is a bias that is not supported here")
-    tied_head = ("lm_head.weight",) if config.tie_embeddings else ()
+    tied_head = tuple(f"lm_head.{suffix}" for suffix in SUFFIXES) if config.tie_embeddings else ()
     names = [n for n in names if not n.endswith((*IGNORED_TENSORS, *tied_head, ".bias"))]
     if names:
         logger.warning(
             "%s: %d tensors are not used, such as %s", checkpoint.path, len(names), ", ".join(names[:3])
         )
-
-
-def _stored_name(spec: ModelSpec, name: str, *, is_gguf: bool, prefix: str) -> str:
-    """What the file calls a weight."""
-    if is_gguf:
-        return spec.names.to_gguf(name)
-    stored = spec.names.to_hf(name)
-    return prefix + stored.removeprefix("model.") if stored.startswith("model.") else stored
 
 
 def _hf_prefix(checkpoint: Checkpoint) -> str:

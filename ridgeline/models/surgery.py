@@ -83,6 +83,11 @@ def unpermute(weight: Weight, *, num_heads: int) -> Weight:
     return map_rows(weight, lambda rows: rows.reshape(num_heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2))
 
 
+def permute(weight: Weight, *, num_heads: int) -> Weight:
+    """The inverse of `unpermute`."""
+    return map_rows(weight, lambda rows: rows.reshape(num_heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2))
+
+
 def map_rows(weight: Weight, change: Callable[[Array], Array]) -> Weight:
     """A weight whose rows (dimension 0) were moved or repeated; its bytes stay what they are."""
     data = weight.data

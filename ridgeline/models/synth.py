@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from ridgeline.checkpoint.gguf import GGUFValue, TensorSource, write_gguf
+from ridgeline.checkpoint.gguf_write import GGUFValue, TensorSource, write_gguf
 from ridgeline.checkpoint.safetensors import write_safetensors
 from ridgeline.config import ModelConfig, RopeConfig
 from ridgeline.errors import ConfigError
 from ridgeline.models.gemma3 import LOCAL_THETA, window_layers
 from ridgeline.models.registry import SPECS, expected_shapes
-from ridgeline.models.rope import rope_frequencies
+from ridgeline.models.save_gguf import rope_divisors
 from ridgeline.quant.formats import FORMATS, Array, QuantFormat
 from ridgeline.quant.gguf_blocks import quantize, random_blocks
 
@@ -140,7 +140,7 @@ def preset_config(like: str, **overrides: Any) -> ModelConfig:
 
 
 def _write_gguf(path: Path, config: ModelConfig, fmt: QuantFormat, *, name: str, seed: int) -> None:
-    spec, rope = SPECS[config.arch], config.rope
+    spec = SPECS[config.arch]
     tokens, merges = _vocabulary(config.vocab_size)
     metadata: dict[str, Any] = {
         "general.architecture": config.arch,
@@ -164,11 +164,7 @@ def _write_gguf(path: Path, config: ModelConfig, fmt: QuantFormat, *, name: str,
         stored = _fitting(fmt, shape)
         chunks = _chunks(canonical, stored, shape, config, seed=seed, permuted=spec.gguf_permuted)
         sources.append(TensorSource(spec.names.to_gguf(canonical), stored, shape, chunks))
-    if rope.rope_type == "llama3":
-        options = {"max_position": config.max_position, "max_model_len": config.max_position}
-        plain, _ = rope_frequencies(replace(rope, rope_type="default"), **options)
-        scaled, _ = rope_frequencies(rope, **options)
-        divisors = (plain / scaled).astype(np.float32)
+    if (divisors := rope_divisors(config)) is not None:
         sources.append(TensorSource("rope_freqs.weight", FORMATS["F32"], divisors.shape, [divisors]))
     write_gguf(path, metadata, sources)
 

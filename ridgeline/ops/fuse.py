@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
+import numpy as np
+
 from ridgeline.errors import ConfigError
 from ridgeline.ops.program import Instruction, Opcode, Program
 
@@ -132,14 +134,29 @@ def _attention_with_rope(program: Program) -> Program:
     return graph.finish()
 
 
+def _read_alike(program: Program, first: Instruction, second: Instruction) -> bool:
+    """Whether two linears round their input in the same way and read its features in the same order."""
+    one, other = (program.weights[i.matrices[0]] for i in (first, second))
+    orders = [w.buffers.get("order") for w in (one, other)]
+    same_order = (orders[0] is None) == (orders[1] is None) and (
+        orders[0] is None or orders[1] is None or np.array_equal(orders[0], orders[1])
+    )
+    return one.activation == other.activation and same_order
+
+
 def _merged_linears(program: Program) -> Program:
-    """Up to three linears of one input -> one, which reads the input once."""
+    """Up to three linears that read one input alike -> one, which reads it once."""
     graph = _Graph(program)
     for number, first in graph.of(Opcode.LINEAR):
         x = first.read_buffers[0]
         others = [n for n in graph.readers[x] if n > number]
         found = [(n, graph.instructions[n]) for n in others]
-        group = [first, *[i for _, i in found if i is not None and i.opcode is Opcode.LINEAR][:2]]
+        alike = [
+            i
+            for _, i in found
+            if i is not None and i.opcode is Opcode.LINEAR and _read_alike(program, first, i)
+        ]
+        group = [first, *alike[:2]]
         if len(group) == 1 or any(len(i.matrices) > 1 or len(i.inputs) > 1 for i in group):
             continue
         for n, instruction in found:

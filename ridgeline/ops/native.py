@@ -20,8 +20,9 @@ import numpy.typing as npt
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.ops.batch import ForwardBatch
-from ridgeline.ops.packing import Packer, aligned_bytes
+from ridgeline.ops.packing import PackedWeight, Packer, aligned_bytes
 from ridgeline.ops.program import Instruction, Opcode, Program
+from ridgeline.quant.weight import ActivationQuant
 
 ISAS = ("avx512", "avx2", "generic")
 """Best first."""
@@ -55,10 +56,23 @@ class _Buffer(ctypes.Structure):
 class _Weight(ctypes.Structure):
     _fields_ = [
         ("address", ctypes.c_void_p),
+        ("order", ctypes.c_void_p),
         ("format", ctypes.c_int32),
         ("rows", ctypes.c_int32),
         ("columns", ctypes.c_int32),
+        ("rounds_input", ctypes.c_int32),
+        ("input_scale", ctypes.c_float),
+        ("outlier", ctypes.c_float),
     ]
+
+    @classmethod
+    def of(cls, w: PackedWeight) -> _Weight:
+        return cls(
+            w.data.ctypes.data,
+            None if w.order is None else w.order.ctypes.data,
+            *(w.format, w.rows, w.columns),
+            *activation_numbers(w.activation),
+        )
 
 
 class _Cache(ctypes.Structure):
@@ -132,7 +146,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "rl_greedy": (None, [ctypes.c_void_p] * 2 + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 3),
     "rl_top_k": (ctypes.c_int32, [ctypes.c_void_p] + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 2),
     "rl_packed_bytes": (ctypes.c_int64, [ctypes.c_int32] * 3),
-    "rl_pack": (None, [ctypes.c_int32, ctypes.c_void_p] + [ctypes.c_int32] * 4 + [ctypes.c_void_p]),
+    "rl_pack": (None, [ctypes.c_int32] * 3 + [ctypes.c_void_p] + [ctypes.c_int32] * 4 + [ctypes.c_void_p]),
     "rl_limit_read": (None, [ctypes.c_int32, ctypes.c_int64] + [ctypes.c_int32] * 2 + [ctypes.c_void_p]),
     "rl_limit_compute": (
         ctypes.c_int64,
@@ -232,6 +246,13 @@ def encode_instructions(program: Program, attention: str) -> ctypes.Array[_Instr
     return encoded
 
 
+def activation_numbers(activation: ActivationQuant | None) -> tuple[int, float, float]:
+    """rounds_input, input_scale and outlier of `rl_weight`; 0 for what is not there."""
+    if activation is None:
+        return 0, 0.0, 0.0
+    return 1, activation.static_scale or 0.0, activation.outlier_threshold or 0.0
+
+
 class NativeProgram:
     """A Program with its buffers and KV pages, ready to step. Owns all memory that C++ points into."""
 
@@ -265,9 +286,7 @@ class NativeProgram:
 
         instructions = encode_instructions(program, attention)
         buffers = self._allocate_buffers(max_logits)
-        weights = (_Weight * len(self._weights))(
-            *(_Weight(w.data.ctypes.data, w.format, w.rows, w.columns) for w in self._weights)
-        )
+        weights = (_Weight * len(self._weights))(*(_Weight.of(w) for w in self._weights))
         constants = (ctypes.c_void_p * len(self._constants))(*(c.ctypes.data for c in self._constants))
         cache = _Cache(
             self.pages.ctypes.data,

@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ridgeline.logs import logger
-from ridgeline.quant.formats import FORMATS, QuantFormat
-from ridgeline.quant.weight import Weight
+from ridgeline.quant.formats import FORMATS, GROUP_BITS, SCALE_BYTES, Array, QuantFormat, group_format
+from ridgeline.quant.weight import ActivationQuant, Weight
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -31,7 +31,23 @@ WEIGHT_FORMATS = (
     *("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
 )
-"""Formats that csrc/packed.h reads; others are dequantized to F32."""
+"""Formats of files that csrc/packed.h reads; group formats are packed as one of GROUP_KERNELS."""
+GROUP_SPANS = (16, 32, 64)
+"""Columns that share a scale and a zero point in csrc/packed_groups.h; longer groups repeat theirs."""
+GROUP_KERNELS = tuple(
+    group_format(bits, span, symmetric=False, scale=scale).name
+    for bits in GROUP_BITS
+    for scale in SCALE_BYTES
+    for span in GROUP_SPANS
+    if (span, scale) != (16, "F32")
+)
+"""Packed forms of group formats: `INT4_G64` and so on. What fits none of them is dequantized to F32."""
+KERNELS = (*WEIGHT_FORMATS, *GROUP_KERNELS, "Q8_0:A8", "INT4_G64:A8", "INT8_G64:A8")
+"""Names of kernels, those of rounded inputs for the usual formats only."""
+KERNEL_BLOCK = 32
+"""Columns that the kernels of quantized matrices take at a time."""
+ROUNDED = ":A8"
+"""Ends the name of a weight whose linear rounds its input to int8."""
 LAYOUT_VERSION = 1
 """Of csrc/packed.h: a cache file of another version is not used."""
 _PACK_ROWS = 512
@@ -45,6 +61,41 @@ class PackedWeight:
     rows: int
     columns: int
     data: npt.NDArray[np.generic]
+    order: npt.NDArray[np.int32] | None = None
+    activation: ActivationQuant | None = None
+
+
+def packed_format(weight: Weight) -> QuantFormat:
+    """The form in which a matrix is packed; F32 where its format or its number of columns has none."""
+    format, columns = weight.format, weight.shape[-1]
+    if format.codes is None:
+        return (
+            format if format.name in WEIGHT_FORMATS and columns % format.block_size == 0 else FORMATS["F32"]
+        )
+    for span in reversed(GROUP_SPANS):
+        if format.block_size % span == 0 and columns % KERNEL_BLOCK == 0:
+            packed = group_format(format.codes.bits, span, symmetric=False, scale=format.codes.scale)
+            return packed if packed.name in GROUP_KERNELS else FORMATS["F32"]
+    return FORMATS["F32"]
+
+
+def weight_label(weight: Weight) -> str:
+    """The name of its format, and whether a linear rounds its input: `INT8_G576_SYM:A8`."""
+    return weight.format.name + (ROUNDED if weight.activation else "")
+
+
+def kernel_name(weight: Weight) -> str:
+    """The same of the form in which it is packed: weights of one name are multiplied by one kernel."""
+    return packed_format(weight).name + (ROUNDED if weight.activation else "")
+
+
+def input_bits(label: str, isa: str) -> Literal[8, 16, 32]:
+    """Bits of the inputs that a kernel multiplies; 32: floats. `label`: of a weight or a kernel."""
+    name = label.removesuffix(ROUNDED)
+    if not name.startswith(("Q", "INT")):
+        return 32
+    is_byte = name.startswith(("Q8_0", "INT8"))
+    return 16 if is_byte and (name == label or isa == "avx2") else 8
 
 
 class Packer:
@@ -72,59 +123,75 @@ class Packer:
 
     def _pack_all(self, weights: Sequence[Weight], memory: Bytes, *, filled: bool) -> list[PackedWeight]:
         """Into consecutive parts of `memory`; filled: they are there already."""
-        packed, end = [], 0
+        packed: list[PackedWeight] = []
+        end = 0
         with ThreadPoolExecutor(self._num_threads) as pool:
             for weight in weights:
                 format, num_bytes = self._place(weight)
                 begin, end = end, end + num_bytes
                 if len(weight.shape) == 1:
                     values = np.ascontiguousarray(weight.dequantize(), np.float32)
-                    packed.append(PackedWeight(_number(FORMATS["F32"]), len(values), 1, values))
+                    packed.append(PackedWeight(format_number(FORMATS["F32"]), len(values), 1, values))
                     continue
                 out = memory[begin:end]
                 if not filled:
                     self._pack(weight, format, out, pool.map)
+                order = packed_order(weight, format)
                 rows, columns = weight.shape
-                packed.append(PackedWeight(_number(format), rows, columns, out))
+                number = format_number(format)
+                packed.append(PackedWeight(number, rows, columns, out, order, weight.activation))
         return packed
 
     def _place(self, weight: Weight) -> tuple[QuantFormat, int]:
         """The format that a matrix is packed in, and its bytes, a multiple of 64; 0 for a vector."""
         if len(weight.shape) == 1:
             return weight.format, 0
-        for format in (weight.format, FORMATS["F32"]):
-            num_bytes = self._packed_bytes(format.name, *weight.shape)
-            if num_bytes:
-                return format, -(-num_bytes // 64) * 64
-        raise AssertionError(f"{weight.name}: F32 of shape {weight.shape} cannot be packed")
+        format = packed_format(weight)
+        num_bytes = int(self._library.rl_packed_bytes(format_number(format), *weight.shape))
+        assert num_bytes, f"{weight.name}: {format.name} of shape {weight.shape} cannot be packed"
+        return format, -(-num_bytes // 64) * 64
 
     def _pack(self, weight: Weight, format: QuantFormat, packed: Bytes, parallel: Callable[..., Any]) -> None:
-        rows, columns = weight.shape
-        data = weight.data
-        if format is not weight.format:
+        if format.name == "F32" and format is not weight.format:
             logger.info("%s: %s has no kernel; held as %s", weight.name, weight.format.name, format.name)
-            data = weight.dequantize().astype(np.float32, copy=False)
-        data = np.ascontiguousarray(data)
+        data = file_rows(weight, format)
+        group_size, has_zeros = group_layout(weight, format)
 
         def pack(begin: int) -> None:
             part = data[begin : begin + _PACK_ROWS]
             self._library.rl_pack(
-                _number(format),
+                format_number(format),
+                group_size,
+                has_zeros,
                 data.ctypes.data,
                 begin,
                 begin + _PACK_ROWS,
-                rows,
-                columns,
+                *weight.shape,
                 packed.ctypes.data,
             )
             give_back(part)
 
-        list(parallel(pack, range(0, rows, _PACK_ROWS)))
+        list(parallel(pack, range(0, weight.shape[0], _PACK_ROWS)))
 
-    def _packed_bytes(self, format: str, rows: int, columns: int) -> int:
-        if format not in WEIGHT_FORMATS:
-            return 0
-        return int(self._library.rl_packed_bytes(FORMATS[format].ggml_type, rows, columns))
+
+def packed_order(weight: Weight, format: QuantFormat) -> npt.NDArray[np.int32] | None:
+    """Which input feature each packed column belongs to; None: its own number."""
+    order = weight.buffers.get("order") if format.codes else None
+    return None if order is None else np.ascontiguousarray(order, np.int32)
+
+
+def file_rows(weight: Weight, format: QuantFormat) -> Array:
+    """What rl_pack reads to pack a matrix as `format`: the rows of the file, or their values."""
+    if format is weight.format or format.codes is not None:
+        return np.ascontiguousarray(weight.data)
+    return np.ascontiguousarray(weight.dequantize(), np.float32)
+
+
+def group_layout(weight: Weight, format: QuantFormat) -> tuple[int, int]:
+    """Columns of a group in the file, and whether it holds zero points; zeros if `format` has no groups."""
+    if format.codes is None or weight.format.codes is None:
+        return 0, 0
+    return weight.format.block_size, int(not weight.format.codes.symmetric)
 
 
 def aligned_bytes(num_bytes: int) -> npt.NDArray[np.uint8]:
@@ -158,7 +225,11 @@ def give_back(part: npt.NDArray[np.generic]) -> None:
         base.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
-def _number(format: QuantFormat) -> int:
+def format_number(format: QuantFormat) -> int:
+    """As csrc/ridgeline.h numbers packed forms."""
+    if format.codes is not None:
+        scale = 8 * (format.codes.scale == "F32")
+        return 256 + 16 * format.codes.bits + scale + GROUP_SPANS.index(format.block_size)
     assert format.ggml_type is not None
     return format.ggml_type
 

@@ -22,7 +22,7 @@ from ridgeline.config import Activation, AttentionImpl
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.ops.batch import ForwardBatch
 from ridgeline.ops.flash import flash_attention, visible
-from ridgeline.quant.weight import Weight
+from ridgeline.quant.weight import ActivationQuant, Weight
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -236,6 +236,45 @@ ATTENTION: dict[str, Callable[..., torch.Tensor]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class RoundedInput:
+    """The handle of a weight whose linear rounds its input: values [N, K]."""
+
+    values: torch.Tensor
+    activation: ActivationQuant
+
+
+TorchHandle = torch.Tensor | RoundedInput
+
+
+def _values(handle: TorchHandle) -> torch.Tensor:
+    return handle if isinstance(handle, torch.Tensor) else handle.values
+
+
+def round_input(
+    x: torch.Tensor, activation: ActivationQuant
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """x [rows, K] -> (integers q, their scale d [rows, 1], outliers or None): x is about d * q + outliers.
+
+    d is max|x| / 127 of the row without its outliers, or given. Dettmers et al. 2022, arXiv:2208.07339, whose
+    outlier columns are those of the whole batch; here each token has its own.
+    """
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    outliers = None
+    if activation.outlier_threshold is not None:
+        is_outlier = precise.abs() >= activation.outlier_threshold
+        outliers = torch.where(is_outlier, x, 0.0)
+        precise = torch.where(is_outlier, 0.0, precise)
+    if activation.static_scale is not None:
+        d = torch.full_like(precise[:, :1], activation.static_scale)
+        inverse = 1.0 / d
+    else:
+        most = precise.abs().amax(-1, keepdim=True)
+        d = most / 127.0
+        inverse = torch.where(most > 127.0 / torch.finfo(torch.float32).max, 127.0 / most, 0.0)
+    return torch.round(precise * inverse).clamp(-127, 127), d, outliers
+
+
 class TorchOps:
     """Interpreter of `Ops` that computes. Owns the bound weights and the pages of every layer."""
 
@@ -256,41 +295,51 @@ class TorchOps:
         self.pages = [Pages.allocate(layout, device) for _ in range(layout.num_layers)]
         self._store_kv = store_kv
         self._paged_attention = paged_attention
-        self._bound: dict[Weight, torch.Tensor] = {}
+        self._bound: dict[Weight, TorchHandle] = {}
 
-    def bind(self, weight: Weight) -> torch.Tensor:
+    def bind(self, weight: Weight) -> TorchHandle:
         if weight not in self._bound:
-            values = torch.from_numpy(weight.dequantize())
-            self._bound[weight] = values.to(device=self.device, dtype=self.dtype)
+            values = torch.from_numpy(weight.dequantize()).to(device=self.device, dtype=self.dtype)
+            self._bound[weight] = RoundedInput(values, weight.activation) if weight.activation else values
         return self._bound[weight]
 
-    def bind_constant(self, values: npt.NDArray[np.float64]) -> torch.Tensor:
+    def bind_constant(self, values: npt.NDArray[np.float64]) -> TorchHandle:
         precision = torch.promote_types(self.dtype, torch.float32)
         return torch.from_numpy(values).to(device=self.device, dtype=precision)
 
-    def embed(self, table: torch.Tensor, batch: TorchBatch) -> torch.Tensor:
-        return F.embedding(batch.token_ids, table)
+    def embed(self, table: TorchHandle, batch: TorchBatch) -> torch.Tensor:
+        return F.embedding(batch.token_ids, _values(table))
 
     def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         return x * torch.tensor(factor, dtype=x.dtype, device=x.device)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, *, eps: float, offset: float) -> torch.Tensor:
+    def rms_norm(self, x: torch.Tensor, weight: TorchHandle, *, eps: float, offset: float) -> torch.Tensor:
+        weight = _values(weight)
         accumulate = torch.promote_types(x.dtype, torch.float32)
         groups = x.to(accumulate).view(len(x), x.shape[1] // len(weight), len(weight))
         normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
         return (normed * (weight.to(accumulate) + offset)).to(x.dtype).flatten(-2)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return F.linear(x, weight, bias)
+    def linear(self, x: torch.Tensor, weight: TorchHandle, bias: TorchHandle | None = None) -> torch.Tensor:
+        added = None if bias is None else _values(bias)
+        if isinstance(weight, torch.Tensor):
+            return F.linear(x, weight, added)
+        q, d, outliers = round_input(x, weight.activation)
+        # In float16 d * q would be rounded once more, q alone is exact.
+        y = F.linear(q.to(x.dtype), weight.values) * d.to(x.dtype)
+        if outliers is not None:
+            y = y + F.linear(outliers, weight.values)
+        return y if added is None else y + added
 
     def rope_cos_sin(
         self,
-        inv_freq: torch.Tensor,
+        inv_freq: TorchHandle,
         batch: TorchBatch,
         *,
         attention_factor: float,
         max_position: int | None = None,
     ) -> torch.Tensor:
+        inv_freq = _values(inv_freq)
         positions = batch.positions if max_position is None else batch.positions.clamp(max=max_position)
         angles = positions.to(inv_freq.dtype)[:, None] * inv_freq
         return (torch.cat((angles.cos(), angles.sin()), -1) * attention_factor).to(self.dtype)

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ridgeline.ops.native import EVENT_BUSY, EVENT_OP, EVENT_WAIT
+from ridgeline.ops.packing import weight_label
 from ridgeline.ops.program import Instruction, Opcode, Program
 from ridgeline.profiling.machine import MachineLimits
-from ridgeline.profiling.roofline import FLOAT_FORMATS, WIDE_FORMATS
+from ridgeline.profiling.roofline import peak_of
 from ridgeline.profiling.trace import Phase, Step, Trace
 
 OUTSIDE_FORWARD = ("schedule", "batch layout", "sampler", "update", "outputs", "stats")
@@ -175,15 +176,9 @@ def _limit_share(
     # A step reads its bytes over and over, so what the caches can hold of them counts.
     memory = num_bytes / seconds / 1e9 / limits.read_gb_s(step_bytes)
     formats = format.split("+") if op.startswith("linear") else ["F32"]
-    peak = min(_peak(name, limits) for name in formats)
+    peak = min(peak_of(name, limits) for name in formats)
     compute = flops / seconds / 1e9 / peak
     return (memory, "memory") if memory >= compute else (compute, "compute")
-
-
-def _peak(format: str, limits: MachineLimits) -> float:
-    if format in FLOAT_FORMATS:
-        return limits.fp32_gflop_s
-    return limits.int16_gop_s if format in WIDE_FORMATS else limits.int8_gop_s
 
 
 def label(program: Program, instruction: Instruction, kv_dtype: str) -> tuple[str, str, str]:
@@ -192,7 +187,7 @@ def label(program: Program, instruction: Instruction, kv_dtype: str) -> tuple[st
     matrices = instruction.matrices or instruction.read_weights
     weights = [program.weights[w] for w in matrices]
     names = "+".join(dict.fromkeys(w.name.removesuffix(".weight").rpartition(".")[2] for w in weights))
-    formats = "+".join(dict.fromkeys(w.format.name for w in weights))
+    formats = "+".join(dict.fromkeys(weight_label(w) for w in weights))
     columns = [program.buffers[i].columns for i in instruction.outputs]
     match instruction.opcode:
         case Opcode.LINEAR:

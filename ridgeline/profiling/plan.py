@@ -26,11 +26,11 @@ from ridgeline.models.decoder import record_decoder
 from ridgeline.models.load import LoadedModel
 from ridgeline.ops.fuse import fuse, rules_named
 from ridgeline.ops.native import load_library
-from ridgeline.ops.packing import Packer
+from ridgeline.ops.packing import Packer, input_bits, kernel_name
 from ridgeline.ops.program import Opcode, Program
 from ridgeline.profiling.machine import MachineLimits
 from ridgeline.profiling.rates import KernelRates
-from ridgeline.profiling.roofline import WIDE_FORMATS, Predictor
+from ridgeline.profiling.roofline import Predictor
 from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.weight import Weight
 
@@ -40,7 +40,7 @@ BLOCK_FALLBACKS = {"Q6_K": "Q8_0", "Q4_K": "Q5_0", "Q3_K": "Q4_0", "Q2_K": "Q4_0
 KV_ALTERNATIVES: tuple[KVCacheDType, ...] = ("float32", "float16", "int8")
 ACTIVATION_COLUMNS = 32
 """Of a quantized activation block in csrc/matmul.h, with its bytes for narrow and for wide codes."""
-NARROW_BLOCK_BYTES, WIDE_BLOCK_BYTES = 64, 68
+NARROW_BLOCK_BYTES, WIDE_BLOCK_BYTES = 64, 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +86,12 @@ def plan_memory(model: LoadedModel, config: EngineConfig, *, process_bytes: int 
     max_tokens, max_logits = resolved.scheduler.max_num_batched_tokens, resolved.scheduler.max_num_seqs
     max_tokens = min(max_tokens, layout.num_slots)
     if resolved.executor == "native":
+        isa, library = load_library()
         weights = stored_weights(resolved, model)
         recorded = record_decoder(model.config, weights, max_model_len=resolved.max_model_len)
         program = fuse(recorded, rules_named(resolved.fusion))
-        weight_bytes = Packer(load_library()[1], 1).num_bytes(program.weights)
-        scratch = _scratch_bytes(program, max_tokens)
+        weight_bytes = Packer(library, 1).num_bytes(program.weights)
+        scratch = _scratch_bytes(program, max_tokens, isa)
     else:
         program = record_decoder(model.config, model.weights, max_model_len=resolved.max_model_len)
         element = {"float64": 8, "float32": 4}.get(resolved.dtype or "float32", 2)
@@ -105,24 +106,29 @@ def plan_memory(model: LoadedModel, config: EngineConfig, *, process_bytes: int 
     )
 
 
-def _scratch_bytes(program: Program, max_tokens: int) -> int:
-    """Quantized and normed inputs and rotated queries in csrc/interpreter.cpp, each kept at its largest."""
-    narrow = wide = normed = queries = 0
+def _scratch_bytes(program: Program, max_tokens: int, isa: str) -> int:
+    """Inputs of linears in other forms, and rotated queries, in csrc/interpreter.cpp: each at its largest."""
+    narrow = wide = changed = outliers = queries = 0
     for instruction in program.instructions:
         if instruction.opcode is Opcode.ATTENTION:
             queries = max(queries, 4 * program.buffers[instruction.outputs[0]].columns)
         if instruction.opcode is not Opcode.LINEAR or program.buffers[instruction.inputs[0] or 0].rows != "T":
             continue
         columns = program.buffers[instruction.read_buffers[0]].columns
-        formats = {program.weights[w].format.name for w in instruction.matrices}
+        weights = [program.weights[w] for w in instruction.matrices]
+        bits = {input_bits(kernel_name(w), isa) for w in weights}
         blocks = -(-columns // ACTIVATION_COLUMNS)
-        if formats & set(WIDE_FORMATS):
+        if 16 in bits:
             wide = max(wide, WIDE_BLOCK_BYTES * blocks)
-        if formats - set(WIDE_FORMATS) - {"F32", "F16", "BF16"}:
+        if 8 in bits:
             narrow = max(narrow, NARROW_BLOCK_BYTES * blocks)
-        if len(instruction.weights) > 6 and instruction.weights[6] is not None:
-            normed = max(normed, 4 * columns)
-    return max_tokens * (narrow + wide + normed + queries)
+        rounding = weights[0].activation
+        has_norm = len(instruction.weights) > 6 and instruction.weights[6] is not None
+        if has_norm or "order" in weights[0].buffers or (rounding and 32 in bits):
+            changed = max(changed, 4 * columns)
+        if rounding and rounding.outlier_threshold and bits != {32}:
+            outliers = max(outliers, 4 * (columns + 1))
+    return max_tokens * (narrow + wide + changed + outliers + queries)
 
 
 def in_format(model: LoadedModel, format: str) -> LoadedModel:

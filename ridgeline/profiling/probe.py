@@ -10,7 +10,7 @@ from ridgeline.config import EngineConfig, ModelConfig, RopeConfig
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.models.load import LoadedModel
 from ridgeline.models.registry import expected_shapes
-from ridgeline.ops.cases import make_weight
+from ridgeline.ops.emulate import make_weight
 from ridgeline.tokenizer import Tokenizer
 
 PROBE_MODEL = ModelConfig(

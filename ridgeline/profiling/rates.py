@@ -25,18 +25,28 @@ import numpy as np
 from ridgeline.config import KVCacheDType
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.ops.batch import ForwardBatch, Row
-from ridgeline.ops.cases import make_weight
-from ridgeline.ops.fuse import fuse
 from ridgeline.ops.native import NativeProgram
+from ridgeline.ops.packing import ROUNDED
 from ridgeline.ops.program import Opcode, Program
 from ridgeline.ops.recorder import Recorder
+from ridgeline.profiling.kernel_times import (
+    BLOCK_SIZE,
+    attention_program,
+    blocks_of,
+    fill_pages,
+    float_rows,
+    layout_of,
+    linear_program,
+    op_seconds,
+    prompt_batch,
+)
 from ridgeline.profiling.machine import MachineLimits, limits_path
 from ridgeline.profiling.probe import probe_engine
-from ridgeline.quant.formats import FORMATS
+from ridgeline.quant.formats import FORMATS, format_named
 from ridgeline.quant.weight import Weight
 from ridgeline.sampling_params import SamplingParams
 
-SCHEMA = "ridgeline.rates/1"
+SCHEMA = "ridgeline.rates/2"
 COLUMNS = 1280
 BIG_ROWS, SMALL_ROWS = 1024, 64
 """Two matrices of COLUMNS columns: from their times, what a call costs and what a weight costs."""
@@ -49,17 +59,18 @@ ATTENTION_GRID = ((1, 1), (1, 4), (1, 16), (16, 1), (64, 1), (256, 1), (512, 1))
 """(new tokens, sequences)"""
 ATTENTION_CONTEXTS = (64, 1024)
 """Tokens in the cache before the new ones."""
+PROBE_KV_HEADS = 4
+"""A head's tiles are apart from each other in the pages, as in nearly every model."""
 KV_BYTES = 3 * 2**25
-"""K and V in all layers of the attention probe: more than a cache holds."""
+"""At most so many of K and V in all layers of the attention probe."""
 EVICTING_BYTES = 2**26
-SECONDS = 0.15
-MIN_REPEATS = 3
+"""Read before a step, as a model's weights are: what the step before left in the caches is gone."""
 PROBE_VOCAB = 32768
 
 
 @dataclass(frozen=True, slots=True)
 class LinearRate:
-    """Of one weight format at some number of tokens."""
+    """Of one kernel (`packing.kernel_name`) at some number of tokens."""
 
     call_s: float
     """One call on COLUMNS columns: threads, quantizing the input, writing the output."""
@@ -165,48 +176,22 @@ def _native(program: Program, limits: MachineLimits, layout: CacheLayout, max_to
     )
 
 
-def _layout(num_blocks: int, **shape: int) -> CacheLayout:
-    fields = {"num_layers": 1, "num_kv_heads": 1, "head_dim": 16} | shape
-    return CacheLayout(dtype="float32", block_size=32, num_blocks=num_blocks, **fields)
-
-
-def _prefill_row(num_tokens: int, num_logits: int = 1) -> Row:
-    return Row((0,) * num_tokens, 0, tuple(range(-(-num_tokens // 32))), num_logits)
-
-
-def _mean_s(native: NativeProgram, batch: ForwardBatch, opcode: Opcode) -> float:
-    """Median over steps of the mean time of the instructions with this opcode."""
-    at = [n for n, i in enumerate(native.program.instructions) if i.opcode is opcode]
-    times: list[float] = []
-    native.step(batch)
-    native.take_times()
-    end = time.perf_counter() + SECONDS
-    while len(times) < MIN_REPEATS or time.perf_counter() < end:
-        native.step(batch)
-        times.append(float(native.take_times()[at].mean()))
-    return statistics.median(times)
-
-
-def _linears(format: str, rows: int, count: int, max_tokens: int) -> Program:
-    """`count` matrices, each with its own bytes, on one input."""
-    rng = np.random.default_rng(1)
-    recorder = Recorder()
-    table = rng.standard_normal((1, COLUMNS), np.float32)
-    x = recorder.embed(recorder.bind(Weight("x", FORMATS["F32"], table.shape, {"data": table})), None)
-    block = make_weight("w", rows, COLUMNS, format=format, rng=rng, std=0.02)
-    for i in range(count):
-        y = recorder.linear(x, recorder.bind(Weight(f"w{i}", block.format, block.shape, block.buffers)))
-    return recorder.program(y)
-
-
 def _measure_linear(limits: MachineLimits, format: str, among: int) -> list[float]:
     def times(rows: int, num_bytes: int, tokens: Sequence[int]) -> list[float]:
-        count = max(2, min(512, int(8 * num_bytes / (rows * COLUMNS * FORMATS[format].bits_per_weight))))
-        native = _native(_linears(format, rows, count, max(tokens)), limits, _layout(16), max(tokens))
-        seconds = [
-            _mean_s(native, ForwardBatch.from_rows([_prefill_row(t)], block_size=32), Opcode.LINEAR)
-            for t in tokens
-        ]
+        count = max(
+            2,
+            min(
+                512,
+                int(
+                    8
+                    * num_bytes
+                    / (rows * COLUMNS * format_named(format.removesuffix(ROUNDED)).bits_per_weight)
+                ),
+            ),
+        )
+        program = linear_program(format, rows=rows, columns=COLUMNS, count=count)
+        native = _native(program, limits, layout_of(blocks_of(max(tokens))), max(tokens))
+        seconds = [op_seconds(native, prompt_batch(t), Opcode.LINEAR) for t in tokens]
         native.close()
         return seconds
 
@@ -221,59 +206,35 @@ def _measure_linear(limits: MachineLimits, format: str, among: int) -> list[floa
     return values
 
 
-def _attention_program(num_layers: int, head_dim: int, q_per_kv: int) -> Program:
-    recorder = Recorder()
-    rng = np.random.default_rng(2)
-
-    def embedded(columns: int) -> int:
-        table = rng.standard_normal((1, columns), np.float32)
-        return recorder.bind(Weight(f"x{columns}", FORMATS["F32"], table.shape, {"data": table}))
-
-    wide, narrow = embedded(q_per_kv * head_dim), embedded(head_dim)
-    cos_sin = recorder.rope_cos_sin(
-        recorder.bind_constant(1.0 / 10_000.0 ** (np.arange(head_dim // 2) / (head_dim // 2))),
-        None,
-        attention_factor=1.0,
-    )
-    for layer in range(num_layers):
-        q, k, v = recorder.embed(wide, None), recorder.embed(narrow, None), recorder.embed(narrow, None)
-        recorder.store_kv(layer, recorder.rope(k, cos_sin, head_dim=head_dim), v, None)
-        rotated = recorder.rope(q, cos_sin, head_dim=head_dim)
-        y = recorder.attention(layer, rotated, None, head_dim=head_dim, scale=head_dim**-0.5)
-    return fuse(recorder.program(y))
-
-
 def _measure_attention(
     limits: MachineLimits, head_dim: int, q_per_kv: int, dtype: KVCacheDType
 ) -> list[float]:
-    """One KV head a layer: the time of a group. A model takes it for each of its KV heads."""
+    """Of one KV head among several, as in the middle of a step: blocks in no order, nothing in a cache."""
     values: list[float] = []
+    others = np.ones(EVICTING_BYTES // 8)
+    rng = np.random.default_rng(2)
     for num_new, num_seqs in ATTENTION_GRID:
         measured = []
         for context in ATTENTION_CONTEXTS:
             length = context + num_new
-            blocks = -(-length // 32)
-            layer_bytes = num_seqs * blocks * 32 * 2 * head_dim * 2
-            num_layers = max(2, min(96, KV_BYTES // layer_bytes)) if num_new == 1 else 4
-            layout = CacheLayout(
-                num_layers=num_layers,
-                num_kv_heads=1,
-                head_dim=head_dim,
-                dtype=dtype,
-                block_size=32,
-                num_blocks=num_seqs * blocks,
-            )
+            blocks = blocks_of(length)
+            layer_bytes = PROBE_KV_HEADS * num_seqs * blocks * BLOCK_SIZE * 2 * head_dim * 2
+            num_layers = max(2, min(16, KV_BYTES // layer_bytes)) if num_new == 1 else 4
+            shape = {"num_layers": num_layers, "num_kv_heads": PROBE_KV_HEADS, "head_dim": head_dim}
             native = _native(
-                _attention_program(num_layers, head_dim, q_per_kv), limits, layout, num_new * num_seqs
+                attention_program(**shape, q_per_kv=q_per_kv, rotate=True),
+                limits,
+                layout_of(num_seqs * blocks, **shape, dtype=dtype),
+                num_new * num_seqs,
             )
-            native.pages[:] = 0
-            rows = [
-                Row((0,) * num_new, context, tuple(range(s * blocks, (s + 1) * blocks)), 1)
-                for s in range(num_seqs)
-            ]
-            batch = ForwardBatch.from_rows(rows, block_size=32)
+            fill_pages(native, dtype)
+            tables = rng.permutation(num_seqs * blocks).reshape(num_seqs, blocks).tolist()
+            rows = [Row((0,) * num_new, context, tuple(table), 1) for table in tables]
+            batch = ForwardBatch.from_rows(rows, block_size=BLOCK_SIZE)
             pairs = num_seqs * (num_new * context + num_new * (num_new + 1) // 2)
-            measured.append((pairs, _mean_s(native, batch, Opcode.ATTENTION)))
+            seconds = op_seconds(native, batch, Opcode.ATTENTION, before_step=others.sum)
+            fixed = min(limits.barrier_s, seconds)  # once for all heads
+            measured.append((pairs, fixed + (seconds - fixed) / PROBE_KV_HEADS))
             native.close()
         (few, short), (many, long) = measured
         pair_s = max((long - short) / (many - few), 0.0)
@@ -282,17 +243,16 @@ def _measure_attention(
 
 
 def _measure_elements(limits: MachineLimits, kind: str) -> float:
-    rng = np.random.default_rng(3)
     recorder = Recorder()
-    table = rng.standard_normal((1, COLUMNS), np.float32)
-    x = recorder.embed(recorder.bind(Weight("x", FORMATS["F32"], table.shape, {"data": table})), None)
+    row = float_rows("x", COLUMNS)
+    x = recorder.embed(recorder.bind(row), None)
     if kind == "norm":
-        gain = recorder.bind(Weight("g", FORMATS["F32"], (COLUMNS,), {"data": table[0]}))
+        gain = recorder.bind(Weight("g", row.format, (COLUMNS,), {"data": row.buffers["data"][0]}))
         y, opcode = recorder.rms_norm(x, gain, eps=1e-5, offset=0.0), Opcode.RMS_NORM
     else:
         y, opcode = recorder.glu(x, x, activation="silu"), Opcode.GLU
-    native = _native(recorder.program(y), limits, _layout(8), 256)
-    seconds = _mean_s(native, ForwardBatch.from_rows([_prefill_row(256)], block_size=32), opcode)
+    native = _native(recorder.program(y), limits, layout_of(blocks_of(256)), 256)
+    seconds = op_seconds(native, prompt_batch(256), opcode)
     native.close()
     return seconds / (256 * COLUMNS)
 
@@ -324,7 +284,7 @@ def _measure_engine(limits: MachineLimits) -> list[float]:
     recorder = Recorder()
     table = np.random.default_rng(4).standard_normal((16, PROBE_VOCAB), np.float32)
     y = recorder.embed(recorder.bind(Weight("x", FORMATS["F32"], table.shape, {"data": table})), None)
-    native = _native(recorder.program(y), limits, _layout(1), 16)
+    native = _native(recorder.program(y), limits, layout_of(1), 16)
     times = []
     for _ in range(50):
         others.sum()

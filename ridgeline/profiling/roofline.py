@@ -25,14 +25,10 @@ from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.models.decoder import record_decoder
 from ridgeline.models.load import LoadedModel
 from ridgeline.ops.fuse import fuse, rules_named
-from ridgeline.ops.packing import WEIGHT_FORMATS
+from ridgeline.ops.packing import input_bits, kernel_name, weight_label
 from ridgeline.ops.program import Instruction, Opcode, Program, StepShape
 from ridgeline.profiling.machine import MachineLimits
 from ridgeline.profiling.rates import COLUMNS, AttentionRate, KernelRates, LinearRate
-
-FLOAT_FORMATS = ("F64", "F32", "F16", "BF16")
-WIDE_FORMATS = ("Q8_0",)
-"""8-bit codes, which the kernels multiply with 16-bit activations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,13 +159,10 @@ class Predictor:
         gb_s = self.limits.read_gb_s(self._model_bytes if is_large else num_bytes)
         peak = self.limits.fp32_gflop_s
         if instruction.matrices:
-            peak = min(self._peak(self.program.weights[w].format.name) for w in instruction.matrices)
+            peak = min(
+                peak_of(weight_label(self.program.weights[w]), self.limits) for w in instruction.matrices
+            )
         return num_bytes / gb_s / 1e9, flops / peak / 1e9
-
-    def _peak(self, format: str) -> float:
-        if format in FLOAT_FORMATS:
-            return self.limits.fp32_gflop_s
-        return self.limits.int16_gop_s if format in WIDE_FORMATS else self.limits.int8_gop_s
 
     def _predict(self, instruction: Instruction, shape: StepShape, num_bytes: int) -> float:
         """Seconds of one instruction with the rates of the kernels."""
@@ -198,7 +191,7 @@ class Predictor:
         total, call_s = 0.0, 0.0
         for w in instruction.matrices:
             weight = self.program.weights[w]
-            name = weight.format.name if weight.format.name in WEIGHT_FORMATS else "F32"
+            name = kernel_name(weight)
             if name not in self._linear_rates:
                 self._linear_rates[name] = self._rates.linear(name, model_bytes=self._model_bytes)
             call, per_weight = _at_tokens(self._linear_rates[name], rows)
@@ -238,11 +231,17 @@ class Predictor:
         return total
 
 
+def peak_of(label: str, limits: MachineLimits) -> float:
+    """Operations (1e9 a second) of the kind that a matrix of this `weight_label` is multiplied with."""
+    bits = input_bits(label, limits.isa)
+    return {32: limits.fp32_gflop_s, 16: limits.int16_gop_s, 8: limits.int8_gop_s}[bits]
+
+
 def kind_of(instruction: Instruction, program: Program) -> str:
     """Opcode, formats and shapes: instructions of the same kind take the same time."""
     name = instruction.opcode.name.lower()
     if instruction.matrices:
-        formats = "+".join(dict.fromkeys(program.weights[w].format.name for w in instruction.matrices))
+        formats = "+".join(dict.fromkeys(weight_label(program.weights[w]) for w in instruction.matrices))
         shapes = "+".join(str(program.weights[w].shape[0]) for w in instruction.matrices)
         return f"{name} {formats} {shapes} x {program.weights[instruction.matrices[0]].shape[1]}"
     if instruction.opcode is Opcode.ATTENTION:

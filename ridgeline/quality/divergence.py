@@ -1,7 +1,7 @@
 """How far a model's predictions are from a reference model's, on the same tokens.
 
 Perplexity can hide a change: some tokens get better and others worse. The mean KL divergence from the
-reference cannot, and needs far fewer tokens to show it, because every difference is paired. Both models
+reference cannot, and needs far fewer tokens to show it, because every difference is paired. All models
 compute the same chunk one after the other, so that the logits of one chunk are all that is ever stored.
 Measures as in llama.cpp's `--kl-divergence` and in "Accuracy is not all you need" (Dutta et al. 2024, flips).
 """
@@ -53,6 +53,8 @@ class DivergenceResult:
     num_wrong_to_right: int
     flip_rate: float
     """both kinds of flips over tokens"""
+    probability_difference_rms: float
+    """root of the mean of (p_model - p_reference)^2 of the tokens in the text"""
     reference_perplexity: float
     perplexity: float
     log_likelihood_difference: float
@@ -85,18 +87,38 @@ def divergence(
     Raises RequestError where their vocabularies differ, and for the texts and contexts that `perplexity`
     refuses.
     """
-    reference, engine = engine_of(reference_llm), engine_of(llm)
-    check_same_vocabulary(reference, engine)
-    prefix_ids = engine.tokenizer.prefix_ids if engine.tokenizer is not None else ()
+    return divergences(reference_llm, [llm], token_ids, context=context, on_progress=on_progress)[0]
+
+
+def divergences(
+    reference_llm: LLM | LLMEngine,
+    llms: Sequence[LLM | LLMEngine],
+    token_ids: Sequence[int],
+    *,
+    context: int = 1024,
+    on_progress: Progress | None = None,
+) -> list[DivergenceResult]:
+    """The same for several models, for which the reference is computed only once; `seconds` are of all."""
+    reference, engines = engine_of(reference_llm), [engine_of(llm) for llm in llms]
+    for engine in engines:
+        check_same_vocabulary(reference, engine)
+    prefix_ids = reference.tokenizer.prefix_ids if reference.tokenizer is not None else ()
     windows = make_windows(token_ids, context=context, prefix_ids=prefix_ids)
-    chunk = chunk_tokens(reference, engine)
-    compared: list[FloatArray] = []
+    chunk = chunk_tokens(reference, *engines)
+    compared: list[list[FloatArray]] = [[] for _ in engines]
     started = time.perf_counter()
-    for window in windows:
-        compared.append(np.concatenate(list(_compare(reference, engine, window, chunk=chunk)), axis=1))
+    for done, window in enumerate(windows, 1):
+        parts = list(_compare(reference, engines, window, chunk=chunk))
+        for index, of_model in enumerate(compared):
+            of_model.append(np.concatenate([part[index] for part in parts], axis=1))
         if on_progress is not None:
-            on_progress(len(compared), len(windows))
+            on_progress(done, len(windows))
     seconds = time.perf_counter() - started
+    return [_result(of_model, context=context, seconds=seconds) for of_model in compared]
+
+
+def _result(compared: Sequence[FloatArray], *, context: int, seconds: float) -> DivergenceResult:
+    """From the six rows of `compare_logits` for each window."""
     theirs, ours, kl, _, right_before, right_now = np.concatenate(compared, axis=1)
     lost = int((right_before > right_now).sum())
     gained = int((right_before < right_now).sum())
@@ -114,13 +136,14 @@ def divergence(
         num_right_to_wrong=lost,
         num_wrong_to_right=gained,
         flip_rate=(lost + gained) / len(kl),
+        probability_difference_rms=float(np.sqrt(np.mean((np.exp(ours) - np.exp(theirs)) ** 2))),
         reference_perplexity=exponential(-float(theirs.mean())),
         perplexity=exponential(-float(ours.mean())),
         log_likelihood_difference=difference,
         log_likelihood_difference_error=difference_error,
         perplexity_ratio=exponential(-difference),
         num_tokens=len(kl),
-        num_windows=len(windows),
+        num_windows=len(compared),
         context=context,
         seconds=seconds,
         kl_of_windows=tuple(float(c[2].mean()) for c in compared),
@@ -147,27 +170,31 @@ def check_same_vocabulary(reference: LLMEngine, engine: LLMEngine) -> None:
         )
 
 
-def _compare(reference: LLMEngine, engine: LLMEngine, window: Window, *, chunk: int) -> Iterator[FloatArray]:
-    """For each chunk [6, L]: ln p_reference, ln p_model, KL, same likeliest, reference right, model right."""
+def _compare(
+    reference: LLMEngine, engines: Sequence[LLMEngine], window: Window, *, chunk: int
+) -> Iterator[list[FloatArray]]:
+    """For each chunk and model what `compare_logits` gives, a few rows at a time."""
     targets, done = window.targets, 0
-    both = zip(
-        window_logits(reference, window, chunk=chunk), window_logits(engine, window, chunk=chunk), strict=True
-    )
-    for theirs, ours in both:
-        for start in range(0, len(ours), ROWS_AT_ONCE):
+    together = (window_logits(engine, window, chunk=chunk) for engine in (reference, *engines))
+    for theirs, *others in zip(*together, strict=True):
+        for start in range(0, len(theirs), ROWS_AT_ONCE):
             rows = slice(start, start + ROWS_AT_ONCE)
-            yield compare_logits(
-                theirs[rows], ours[rows], targets[done + start : done + start + len(ours[rows])]
-            )
-        done += len(ours)
+            log_p = _log_softmax(theirs[rows])
+            wanted = targets[done + start : done + start + len(log_p)]
+            yield [_compare_rows(log_p, _log_softmax(ours[rows]), wanted) for ours in others]
+        done += len(theirs)
 
 
 def compare_logits(theirs: Logits, ours: Logits, targets: npt.NDArray[np.int64]) -> FloatArray:
-    """Reference logits [L, V], model logits [L, V], true tokens [L] -> the six rows of `_compare`.
+    """Reference logits [L, V], model logits [L, V], true tokens [L] -> [6, L]: ln p_reference, ln p_model,
+    KL, same likeliest, reference right, model right.
 
     KL(p || q) = sum_v p_v (ln p_v - ln q_v), in float64; what rounding leaves below zero is cut off.
     """
-    log_p, log_q = _log_softmax(theirs), _log_softmax(ours)
+    return _compare_rows(_log_softmax(theirs), _log_softmax(ours), targets)
+
+
+def _compare_rows(log_p: FloatArray, log_q: FloatArray, targets: npt.NDArray[np.int64]) -> FloatArray:
     rows = np.arange(len(targets))
     best_p, best_q = log_p.argmax(-1), log_q.argmax(-1)
     kl = np.einsum("lv,lv->l", np.exp(log_p), log_p - log_q)

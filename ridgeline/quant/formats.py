@@ -8,6 +8,7 @@ and compressed-tensors checkpoints hold.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -87,10 +88,15 @@ GGML_TYPES: dict[int, QuantFormat] = {f.ggml_type: f for f in FORMATS.values() i
 
 
 def format_named(name: str) -> QuantFormat:
-    """The format called `name`; an unknown name lists the known ones."""
-    if name not in FORMATS:
-        raise CheckpointError(f"unknown tensor format {name!r}; known: {', '.join(FORMATS)}")
-    return FORMATS[name]
+    """The format called `name`, group formats included; an unknown name lists the known ones."""
+    if name in FORMATS:
+        return FORMATS[name]
+    if match := re.fullmatch(r"INT(\d)_G(\d+)(_SYM)?(_F32)?", name):
+        bits, size, symmetric, wide = match.groups()
+        return group_format(
+            int(bits), int(size), symmetric=symmetric is not None, scale="F32" if wide else "F16"
+        )
+    raise CheckpointError(f"unknown tensor format {name!r}; known: {', '.join(FORMATS)} and INT4_G64 ...")
 
 
 GROUP_BITS = (2, 3, 4, 8)

@@ -7,7 +7,8 @@ are packed the same way everywhere: a run of bytes holds the low bits of its fir
 next higher bits belong to the next `run` elements (`_unpack`).
 
 Letters: n quant blocks, B elements per block, G groups per super-block. Encoders follow ggml's reference
-quantizers (round-to-nearest, no importance matrix); K-quants can be read but not yet written.
+quantizers. Those that round to nearest are here; those that search (K-quants, and all where the columns have
+an importance) are in C++ (`quant.gguf_native`).
 """
 
 from __future__ import annotations
@@ -20,12 +21,16 @@ import numpy.typing as npt
 
 from ridgeline.errors import CheckpointError
 from ridgeline.quant.formats import Array, QuantFormat
+from ridgeline.quant.gguf_native import encode_rows, share_out
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 Blocks = npt.NDArray[Any]
 """Records of one of the LAYOUTS, shape [n]."""
 
+_ROWS_AT_ONCE = 256
+_LARGEST = 2.0**28
+"""No K-quant reaches further (Q6_K: 65504 * 128 * 32), and squares of more could overflow in a search."""
 CHUNK_ELEMENTS = 1 << 16
 """Elements converted at a time: the temporaries stay in the L2 cache and memory near the result's size."""
 
@@ -251,11 +256,12 @@ def _to_bf16(values: Floats) -> npt.NDArray[np.uint16]:
     return np.where(is_nan, (bits >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)
 
 
-def quantize(values: npt.ArrayLike, fmt: QuantFormat) -> Array:
+def quantize(values: npt.ArrayLike, fmt: QuantFormat, *, importance: npt.ArrayLike | None = None) -> Array:
     """float32 values [..., K] -> the array that `Weight.data` holds in `fmt`: [..., row bytes] for blocks.
 
-    F16 and BF16 keep infinities and NaNs and round what is too large to infinity; a block cannot hold them,
-    so there they are an error.
+    importance [K]: weight of each column's squared error, such as the mean of the input's squares; ggml's
+    imatrix. Q8_0 and float formats do not use it. F16 and BF16 keep infinities and NaNs and round what is too
+    large to infinity; a block cannot hold them, so there they are an error.
     """
     x = np.ascontiguousarray(values, dtype=np.float32)
     if fmt.name == "F32":
@@ -265,34 +271,70 @@ def quantize(values: npt.ArrayLike, fmt: QuantFormat) -> Array:
             return x.astype(np.float16)
     if fmt.name == "BF16":
         return _to_bf16(x)
-    if fmt.name not in _ENCODERS:
-        known = ", ".join(("F32", "F16", "BF16", *_ENCODERS))
+    if fmt.name not in LAYOUTS:
+        known = ", ".join(("F32", "F16", "BF16", *LAYOUTS))
         raise CheckpointError(f"cannot quantize to {fmt.name}; choose one of {known}")
     if x.ndim == 0 or x.shape[-1] % fmt.block_size:
         raise CheckpointError(
             f"cannot quantize shape {x.shape} to {fmt.name}: expected rows of a multiple of {fmt.block_size} "
             "elements; choose F16 or BF16 for this tensor"
         )
+    shape = (*x.shape[:-1], x.shape[-1] // fmt.block_size * fmt.block_bytes)
+    if x.size == 0:
+        return np.empty(shape, np.uint8)
+    weights = None if importance is None else _checked_importance(importance, x.shape[-1])
+    if fmt.name in _ENCODERS and (weights is None or fmt.name == "Q8_0"):
+        return _round_to_nearest(x.reshape(-1, fmt.block_size), fmt).view(np.uint8).reshape(shape)
 
-    rows = x.reshape(-1, fmt.block_size)
+    rows = x.reshape(-1, x.shape[-1])
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        if not (np.abs(rows[start : start + _ROWS_AT_ONCE]) <= _LARGEST).all():
+            raise _not_finite(fmt, x)
+    encoded = encode_rows(rows, fmt, importance=weights)
+    if not _scales_are_finite(encoded.reshape(-1).view(LAYOUTS[fmt.name])):
+        raise _not_finite(fmt, x)
+    return encoded.reshape(shape)
+
+
+def _checked_importance(importance: npt.ArrayLike, num_columns: int) -> Floats:
+    weights = np.ascontiguousarray(importance, dtype=np.float32)
+    if weights.shape != (num_columns,) or not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise CheckpointError(
+            f"importance of shape {weights.shape}: expected {num_columns} finite numbers of at least 0, one "
+            "for each input feature; calibrate again"
+        )
+    return weights
+
+
+def _round_to_nearest(rows: Floats, fmt: QuantFormat) -> Blocks:
+    """float32 [n, B] -> [n] blocks of one of the _ENCODERS."""
     blocks = np.empty(len(rows), LAYOUTS[fmt.name])
-    encode = _ENCODERS[fmt.name]
-    scale_fields = [name for name in ("d", "m") if name in (blocks.dtype.names or ())]
     step = CHUNK_ELEMENTS // fmt.block_size
-    for start in range(0, len(rows), step):
-        chunk = rows[start : start + step]
-        encoded = blocks[start : start + step]
+
+    def encode(start: int) -> None:
+        chunk, encoded = rows[start : start + step], blocks[start : start + step]
         # 1/0, and what a NaN does on its way to an integer: both are caught by the checks around.
         with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
             if np.isfinite(chunk).all():
-                encode(chunk, encoded)
-                if all(np.isfinite(encoded[name]).all() for name in scale_fields):
-                    continue
-        raise CheckpointError(
-            f"cannot quantize to {fmt.name}: expected finite values whose scale fits float16, found values "
-            f"from {chunk.min()} to {chunk.max()}; keep this tensor in F32 or mend the values"
-        )
-    return blocks.view(np.uint8).reshape(*x.shape[:-1], x.shape[-1] // fmt.block_size * fmt.block_bytes)
+                _ENCODERS[fmt.name](chunk, encoded)
+                if _scales_are_finite(encoded):
+                    return
+        raise _not_finite(fmt, chunk)
+
+    share_out(encode, range(0, len(rows), step))
+    return blocks
+
+
+def _scales_are_finite(blocks: Blocks) -> bool:
+    fields = {"d", "m", "dmin"} & set(blocks.dtype.names or ())
+    return all(bool(np.isfinite(blocks[name]).all()) for name in fields)
+
+
+def _not_finite(fmt: QuantFormat, x: Floats) -> CheckpointError:
+    return CheckpointError(
+        f"cannot quantize to {fmt.name}: expected finite values whose scale fits float16, found values "
+        f"from {x.min()} to {x.max()}; keep this tensor in F32 or mend the values"
+    )
 
 
 _RANDOM_SCALES: dict[str, tuple[str | None, float, float]] = {

@@ -47,10 +47,14 @@ class Groups:
         return values.reshape(n, k)
 
     def scale_dtype(self) -> ScaleDtype:
-        """F16 where that loses nothing, else F32."""
-        with np.errstate(over="ignore"):
-            same = np.array_equal(self.scales.astype(np.float16).astype(np.float32), self.scales)
-        return "F16" if same else "F32"
+        return scale_dtype(self.scales)
+
+
+def scale_dtype(scales: Floats) -> ScaleDtype:
+    """F16 where that loses nothing, else F32."""
+    with np.errstate(over="ignore"):
+        same = np.array_equal(scales.astype(np.float16).astype(np.float32), scales)
+    return "F16" if same else "F32"
 
 
 def group_dtype(fmt: QuantFormat) -> np.dtype[Any]:

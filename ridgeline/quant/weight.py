@@ -61,11 +61,12 @@ class Weight:
         order = self.buffers.get("order")
         return values if order is None else values[:, np.argsort(order)]
 
-    def converted(self, format: QuantFormat) -> Weight:
-        """The same values in another format that `gguf_blocks.quantize` writes."""
+    def converted(self, format: QuantFormat, *, importance: npt.ArrayLike | None = None) -> Weight:
+        """The same values in another format that `gguf_blocks.quantize` writes, with its `importance` [K]."""
         if format is self.format:
             return self
-        return Weight(self.name, format, self.shape, {"data": quantize(self.dequantize(), format)})
+        data = quantize(self.dequantize(), format, importance=importance)
+        return Weight(self.name, format, self.shape, {"data": data})
 
     def without_data(self) -> Weight:
         """Only the description: for who has packed the values elsewhere."""

@@ -35,10 +35,11 @@ from ridgeline.server.stream import (
     Reply,
     ScoredToken,
     chat_endpoint,
-    encode,
     error_body,
+    json_response,
     until_disconnected,
 )
+from ridgeline.server.tokenize import tokenizer_routes
 
 STATUS: dict[type[Exception], tuple[int, str, str | None]] = {
     ModelNotFoundError: (404, "invalid_request_error", "model_not_found"),
@@ -54,7 +55,8 @@ CLIENT_GONE = 499
 def create_app(engine: AsyncEngine, *, model_name: str, api_key: str | None = None) -> FastAPI:
     """The application; it starts the engine when the server starts and shuts it down with it.
 
-    `model_name` is what clients call the model. With an `api_key`, everything under /v1 needs it.
+    `model_name` is what clients call the model. An `api_key` is then needed for
+    everything under /v1 and for the tokenizer.
     """
 
     @asynccontextmanager
@@ -63,7 +65,8 @@ def create_app(engine: AsyncEngine, *, model_name: str, api_key: str | None = No
             yield
 
     app = FastAPI(title="Ridgeline", version=ridgeline.__version__, lifespan=lifespan)
-    v1 = APIRouter(prefix="/v1", dependencies=[Depends(_key_check(api_key))] if api_key else [])
+    key_check = [Depends(_key_check(api_key))] if api_key else []
+    v1 = APIRouter(prefix="/v1", dependencies=key_check)
     metrics = Metrics(engine.engine.stats.snapshot)
     card = {
         "id": model_name,
@@ -71,6 +74,7 @@ def create_app(engine: AsyncEngine, *, model_name: str, api_key: str | None = No
         "created": int(time.time()),
         "owned_by": "ridgeline",
         "max_model_len": engine.engine.config.max_model_len,
+        "meta": {"n_vocab": engine.engine.model.config.vocab_size},  # as llama-server says it
     }
 
     def check_model(name: str | None) -> None:
@@ -89,7 +93,7 @@ def create_app(engine: AsyncEngine, *, model_name: str, api_key: str | None = No
             content = await until_disconnected(request.receive, answer.body(outputs))
         if content is None:
             return Response(status_code=CLIENT_GONE)
-        return _json(content)
+        return json_response(content)
 
     @v1.post("/completions")
     async def completions(request: Request) -> Response:
@@ -110,6 +114,7 @@ def create_app(engine: AsyncEngine, *, model_name: str, api_key: str | None = No
             echo=_echo if body.echo else None,
             with_output=not body.only_scores,
             with_prompt_logprobs=body.prompt_logprobs is not None,
+            with_token_ids=bool(body.return_token_ids),
         )
         return await reply(request, body, answer, prompts, params)
 
@@ -143,43 +148,39 @@ def create_app(engine: AsyncEngine, *, model_name: str, api_key: str | None = No
             model=model_name,
             n=params.n,
             with_prompt_logprobs=body.prompt_logprobs is not None,
+            with_token_ids=bool(body.return_token_ids),
         )
         return await reply(request, body, answer, [prompt], params)
 
     @v1.get("/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [card]})
+        return json_response({"object": "list", "data": [card]})
 
     @v1.get("/models/{name:path}")
     async def model(name: str) -> Response:
         check_model(name)
-        return _json(card)
+        return json_response(card)
 
     @app.get("/health")
     async def health() -> Response:
         engine.check_health()
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     @app.get("/version")
     async def version() -> Response:
-        return _json({"version": ridgeline.__version__})
+        return json_response({"version": ridgeline.__version__})
 
     @app.get("/metrics")
     async def metrics_page() -> Response:
         return Response(metrics.page(), media_type=metrics.media_type)
 
     app.include_router(v1)
+    app.include_router(tokenizer_routes(engine), dependencies=key_check)
     app.add_exception_handler(RidgelineError, _ridgeline_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(ClientDisconnect, _client_gone)
     app.add_exception_handler(Exception, _internal_error)
     return app
-
-
-def _json(content: Any, status: int = 200, headers: Any = None) -> Response:
-    if not isinstance(content, bytes):
-        content = encode(content).encode()
-    return Response(content, status, headers, media_type="application/json")
 
 
 def _key_check(api_key: str) -> Any:
@@ -197,13 +198,15 @@ def _key_check(api_key: str) -> Any:
 
 async def _ridgeline_error(_: Request, error: Exception) -> Response:
     status, kind, code = next(row for cls, row in STATUS.items() if isinstance(error, cls))
-    return _json(error_body(str(error), kind=kind, param=getattr(error, "param", None), code=code), status)
+    return json_response(
+        error_body(str(error), kind=kind, param=getattr(error, "param", None), code=code), status
+    )
 
 
 async def _http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = "invalid_api_key" if error.status_code == 401 else None
-    return _json(
+    return json_response(
         error_body(error.detail, kind="invalid_request_error", code=code), error.status_code, error.headers
     )
 
@@ -213,7 +216,7 @@ async def _client_gone(_: Request, error: Exception) -> Response:
 
 
 async def _internal_error(_: Request, error: Exception) -> Response:
-    return _json(error_body(f"internal error: {type(error).__name__}", kind="server_error"), 500)
+    return json_response(error_body(f"internal error: {type(error).__name__}", kind="server_error"), 500)
 
 
 class _Server(uvicorn.Server):

@@ -46,6 +46,7 @@ IGNORED_FIELDS = frozenset(
 _logged_fields: set[str] = set()
 
 Body = TypeVar("Body", bound="GenerationBody")
+AnyBody = TypeVar("AnyBody", bound=BaseModel)
 Prompts = list[str] | list[list[int]]
 
 
@@ -92,6 +93,7 @@ class GenerationBody(BaseModel):
     max_tokens: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
 
     def sampling_params(self) -> SamplingParams:
         """Raises RequestError for a value out of range."""
@@ -207,12 +209,37 @@ class ChatBody(GenerationBody):
         }
 
 
-def parse_body(kind: type[Body], content: bytes) -> Body:
-    """The checked body of a request. Raises RequestError (FieldError where one field is to blame)."""
+class TokenizeBody(BaseModel):
+    """Body of POST /tokenize: a text, or messages for the chat template."""
+
+    model_config = ConfigDict(strict=True)
+
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(BaseModel):
+    """Body of POST /detokenize."""
+
+    model_config = ConfigDict(strict=True)
+
+    tokens: list[int]
+
+
+def checked(kind: type[AnyBody], content: bytes) -> AnyBody:
+    """The body with the types it should have. Raises FieldError for the first field that has another."""
     try:
-        body = kind.model_validate_json(content)
+        return kind.model_validate_json(content)
     except ValidationError as error:
         raise _field_error(error) from None
+
+
+def parse_body(kind: type[Body], content: bytes) -> Body:
+    """The checked body of a request. Raises RequestError (FieldError where one field is to blame)."""
+    body = checked(kind, content)
     for name, value in (body.model_extra or {}).items():
         if value is None or name in IGNORED_FIELDS:
             continue

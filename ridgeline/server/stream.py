@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from starlette.responses import StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from ridgeline.errors import RidgelineError
@@ -151,6 +151,7 @@ class Reply:
         echo: Callable[[RequestOutput], tuple[str, list[ScoredToken]]] | None = None,
         with_output: bool = True,
         with_prompt_logprobs: bool = False,
+        with_token_ids: bool = False,
     ) -> None:
         """`echo` gives the text and tokens to put before each choice; with_output=False is that alone."""
         self._endpoint = endpoint
@@ -158,6 +159,7 @@ class Reply:
         self._echo = echo
         self._with_output = with_output
         self._with_prompt_logprobs = with_prompt_logprobs
+        self._with_token_ids = with_token_ids
         self._envelope = {
             "id": endpoint.id_prefix + uuid.uuid4().hex,
             "object": endpoint.whole_object,
@@ -248,6 +250,9 @@ class Reply:
             have.offset += sum(len(token_text) for _, token_text, _ in tokens)
         if first and self._with_prompt_logprobs and output.prompt_logprobs is not None:
             content["prompt_logprobs"] = [_prompt_entry(entries) for entries in output.prompt_logprobs]
+        if self._with_token_ids:
+            # As vLLM: a text that is encoded again need not give the tokens that were generated.
+            content["token_ids"] = list(choice.token_ids[have.num_tokens :]) if self._with_output else []
         have.num_chars, have.num_tokens = len(choice.text), len(choice.token_ids)
         have.finished = choice.finish_reason is not None
         return self._choice(index, choice, content, finish_reason=choice.finish_reason)
@@ -289,6 +294,12 @@ def error_body(
 ) -> dict[str, Any]:
     """An error in the form of the OpenAI API."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def json_response(content: Any, status: int = 200, headers: Any = None) -> Response:
+    if not isinstance(content, bytes):
+        content = encode(content).encode()
+    return Response(content, status, headers, media_type="application/json")
 
 
 async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

@@ -22,12 +22,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
     try:
         if checkpoint.kind == "gguf":
             return gguf_tokenizer(checkpoint.metadata)
-        return _hf_tokenizer(checkpoint.path)
+        return hf_tokenizer(checkpoint.path)
     except RidgelineError as error:
         raise TokenizerError(f"{checkpoint.path}: tokenizer: {error}") from None
 
 
-def _hf_tokenizer(directory: Path) -> Tokenizer | None:
+def hf_tokenizer(directory: Path) -> Tokenizer | None:
     file = directory / "tokenizer.json"
     if not file.is_file():
         if any((directory / name).is_file() for name in ("tokenizer.model", "vocab.json")):

@@ -44,7 +44,7 @@ class Tokenizer:
         self._lock = Lock()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self._bytes: dict[int, bytes] = {}
-        self._special_tokens = dict(special_tokens)
+        self.special_tokens = dict(special_tokens)
         self.pieces = piece_decoder(backend)
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=False), 1 + max(added, default=-1))
         self.bos_token_id = special_tokens.get("bos")
@@ -52,6 +52,10 @@ class Tokenizer:
         self.prefix_ids = list(prefix_ids)
         self.suffix_ids = list(suffix_ids)
         self.chat_template = chat_template
+
+    def to_json(self) -> str:
+        """As the tokenizers library stores it (tokenizer.json)."""
+        return self._backend.to_str()
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of `text`.
@@ -108,7 +112,7 @@ class Tokenizer:
         `variables` are further names the template may use (`documents`, `enable_thinking`). Raises
         TokenizerError without a usable template, RequestError if it refuses the messages.
         """
-        names = {f"{name}_token": self.token_text(i) for name, i in self._special_tokens.items()}
+        names = {f"{name}_token": self.token_text(i) for name, i in self.special_tokens.items()}
         return self._template(
             names
             | {

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ridgeline.checkpoint.gguf import TensorSource, read_gguf, write_gguf
+from ridgeline.checkpoint.gguf import read_gguf
+from ridgeline.checkpoint.gguf_write import TensorSource, write_gguf
 from ridgeline.checkpoint.safetensors import INDEX, read_hf, write_safetensors
 from ridgeline.config import LoadConfig
 from ridgeline.errors import CheckpointError, ModelNotFoundError, RidgelineError

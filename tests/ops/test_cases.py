@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ridgeline.cli.kernels import measure_attention, measure_linear
-from ridgeline.ops.cases import KernelCase, Sketch, Texts, all_cases, dump_case, run_case
+from ridgeline.ops.cases import all_cases
 from ridgeline.ops.native import ISAS
-from ridgeline.ops.packing import WEIGHT_FORMATS
+from ridgeline.ops.packing import GROUP_KERNELS, WEIGHT_FORMATS
+from ridgeline.ops.run_case import dump_case, run_case
+from ridgeline.ops.sketch import KernelCase, Sketch, Texts
+from ridgeline.profiling.kernel_times import measure_attention, measure_linear
 
 CASES = all_cases()
 CSRC = Path(__file__).parents[2] / "csrc"
@@ -30,11 +32,11 @@ def test_case(case, isa, available_isas):
 
 def test_the_list_names_every_weight_format_and_page_type():
     names = [case.name for case in CASES]
-    for word in (*WEIGHT_FORMATS, "float32", "float16", "int8"):
+    for word in (*WEIGHT_FORMATS, *GROUP_KERNELS, "float32", "float16", "int8"):
         assert sum(word in name.replace("+", " ").split() for name in names) > 10, word
 
 
-@pytest.mark.parametrize("format", [f for f in WEIGHT_FORMATS if f.startswith("Q")])
+@pytest.mark.parametrize("format", [f for f in (*WEIGHT_FORMATS, *GROUP_KERNELS) if f[0] in "QI"])
 def test_one_wrong_code_would_fail(format):
     """A code that is off by one moves a sum by a scale times an activation, far beyond the tolerance."""
     [case] = all_cases(f"linear {format} 9x37x256")
@@ -53,8 +55,9 @@ def test_a_quantized_matrix_is_faster_than_a_float_one(isa, available_isas):
         pytest.skip(f"this machine does not run {isa}")
     ratios = []
     for _ in range(3):  # the best of three: other work on the machine only slows down
-        _, (f32, q4_0) = measure_linear(
-            ("F32", "Q4_0"), (128,), isa=isa, rows=512, columns=512, num_threads=1, seconds=0.1
+        f32, q4_0 = (
+            measure_linear(name, 128, 1.0, isa=isa, rows=512, columns=512, seconds=0.1)
+            for name in ("F32", "Q4_0")
         )
         ratios.append(q4_0.gmacs / f32.gmacs)
         if ratios[-1] >= 1.6:
@@ -98,9 +101,10 @@ def test_cases_run_without_python(tmp_path):
         check=True,
     )
     names = ("add", "gather", "rope clamped", "linear Q4_K 5x37x256", "attention flash GQA 3")
+    names += ("linear INT3_G48_SYM 9x21x192", "linear INT8_G192_SYM outliers ordered 9")
     files = [dump_case(case, tmp_path) for case in CASES if case.name in names]
     done = subprocess.run([binary, *files], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "5 cases, 0 failed\n")
+    assert (done.returncode, done.stdout) == (0, "7 cases, 0 failed\n")
 
     [case] = [c for c in CASES if c.name == "add"]
     built = case.make()

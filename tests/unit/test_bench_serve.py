@@ -152,9 +152,12 @@ def largest_deviation(target, num_streams):
     # after the other, because a server that is at work on one stamps the receipt of the next too late.
     gaps = [tuple(30 + i + 13 * (k % 5) for k in range(15)) for i in range(num_streams)]
     requests = [WorkloadRequest(g, len(g), arrival_s=0.005 * i) for i, g in enumerate(gaps)]
-    payloads = [request_bytes(target, "/v1/completions", {"prompt": g}) for g in gaps]
     before = len(asyncio.run(get_json(target, "/stamps")))
-    run = asyncio.run(run_workload(target, requests, payloads=payloads))
+
+    def payload(request):
+        return request_bytes(target, "/v1/completions", {"prompt": request.prompt_token_ids})
+
+    run = asyncio.run(run_workload(target, requests, payload=payload))
     stamps = {tuple(s["gaps"]): s for s in asyncio.run(get_json(target, "/stamps"))[before:]}
     worst = 0.0
     for record in run.records:
@@ -220,8 +223,10 @@ def as_json(document, status=b"200 OK"):
     return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status, len(body), body)
 
 
-def as_stream(texts, *, usage=None, chat=False, end=b"data: [DONE]\n\n"):
+def as_stream(texts, *, usage=None, chat=False, end=b"data: [DONE]\n\n", ids=None):
     choices = [{"delta": {"content": t}} if chat else {"text": t} for t in texts]
+    if ids is not None:
+        choices = [choice | {"token_ids": [i]} for choice, i in zip(choices, ids, strict=True)]
     chunks = [{"choices": [choice]} for choice in choices] + (
         [{"choices": [], "usage": usage}] if usage else []
     )
@@ -313,6 +318,108 @@ def test_chat_and_text_prompts():
     assert len(chat) == len(text) == 8
     assert all(len(b["messages"][0]["content"].split()) == 4 and "ignore_eos" not in b for b in chat)
     assert all(len(b["prompt"].split()) == 4 and b["top_k"] == 1 for b in text)
+
+
+def tokens_of(text):
+    """A tokenizer that knows no word with a w, and sets a space in front of a text."""
+    return [0] + [t for word in text.split() for t in ([1, 2] if "w" in word else [3])]
+
+
+def knows_words(path, body):
+    if path == "/tokenize":
+        return as_json({"tokens": tokens_of(body["prompt"])})
+    return obedient(path, body)
+
+
+def test_words_are_those_of_one_token_where_the_server_can_be_asked():
+    for respond, expected in (
+        (knows_words, "words, each one token"),
+        (obedient, "taken to be one token each"),
+    ):
+        with scripted(respond) as (url, bodies):
+            document = measure_serve(ServeOptions(base_url=url, prompt_format="text", **SMALL))
+        prompts = " ".join(body["prompt"] for path, body in bodies if path == "/v1/completions")
+        assert expected in document["details"]["prompts"] and expected in summary(document)
+        assert ("w" in prompts) == (respond is obedient)
+
+
+def talk(tmp_path, respond, **options):
+    """Two conversations of three turns; the bodies by conversation, in turn order."""
+    described = tmp_path / "talk.json"
+    described.write_text(json.dumps(dict(num_requests=6, turns=3, prompt_lens=4, output_lens=3)))
+    with scripted(respond) as (url, bodies):
+        document = measure_serve(
+            ServeOptions(base_url=url, workload=str(described), num_warmups=0, **options)
+        )
+    return document, [body for path, body in bodies if path.startswith("/v1/c")]
+
+
+def numbered(answers):
+    """Each answer has its own tokens and text; the second is shorter than asked for."""
+    count = iter(range(100))
+
+    def respond(path, body):
+        if body is None:
+            return MODELS
+        n = next(count)
+        length = 1 if n == 1 else body["max_tokens"]
+        texts, ids = [f" a{n}.{k}" for k in range(length)], [1000 + 10 * n + k for k in range(length)]
+        answers.append((texts, ids))
+        usage = usage_of(body, completion_tokens=length)
+        given = ids if body.get("return_token_ids") else None
+        return as_stream(texts, usage=usage, chat="messages" in body, ids=given)
+
+    return respond
+
+
+def test_later_turns_follow_the_real_answers_as_token_ids(tmp_path):
+    answers = []
+    document, bodies = talk(tmp_path, numbered(answers))
+    ids_of = {tuple(b["prompt"]): ids for b, (_, ids) in zip(bodies, answers, strict=True)}
+    later = [b["prompt"] for b in bodies if len(b["prompt"]) > 4]
+    assert len(later) == 4
+    for prompt in later:
+        # An earlier prompt, its very answer, and four new tokens.
+        heads = [p for p in ids_of if list(p) == prompt[: len(p)] and len(p) < len(prompt)]
+        head = max(heads, key=len)
+        assert (
+            prompt == [*head, *ids_of[head], *prompt[-4:]]
+            and len(prompt) == len(head) + len(ids_of[head]) + 4
+        )
+    assert not [w for w in document["details"]["warnings"] if "made-up" in w or "were planned" in w]
+
+
+def test_later_turns_follow_the_real_answers_as_text_and_messages(tmp_path):
+    for options in ({"prompt_format": "text"}, {"backend": "openai-chat"}):
+        answers = []
+        document, bodies = talk(tmp_path, numbered(answers), **options)
+        if "prompt_format" in options:
+            parts = [(b["prompt"],) for b in bodies]
+            said = ["".join(texts) for texts, _ in answers]
+            later = [p for (p,) in parts if len(p.split()) > 4]
+            assert len(later) == 4
+            for prompt in later:
+                head, text = max(((h, t) for (h,), t in zip(parts, said, strict=True) if prompt.startswith(h + t)),
+                                 key=lambda pair: len(pair[0]))  # fmt: skip
+                assert len(prompt[len(head + text) :].split()) == 4
+        else:
+            by_first = {}
+            for body, (texts, _) in zip(bodies, answers, strict=True):
+                by_first.setdefault(body["messages"][0]["content"], []).append(
+                    (body["messages"], "".join(texts))
+                )
+            assert len(by_first) == 2
+            for turns in by_first.values():
+                for (before, answer), (after, _) in pairwise(turns):
+                    assert after[:-1] == [*before, {"role": "assistant", "content": answer}]
+                    assert after[-1]["role"] == "user" and len(after[-1]["content"].split()) == 4
+        assert not [w for w in document["details"]["warnings"] if "made-up" in w]
+
+
+def test_stand_ins_are_said_where_a_server_does_not_say_its_tokens(tmp_path):
+    document, bodies = talk(tmp_path, obedient)
+    assert sorted(len(b["prompt"]) for b in bodies) == [4, 4, 11, 11, 18, 18]
+    assert "4 later turns hold made-up answers" in "\n".join(document["details"]["warnings"])
 
 
 def test_failures_are_counted_described_and_loud():

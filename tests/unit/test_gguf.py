@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from ridgeline.checkpoint.checkpoint import Checkpoint
-from ridgeline.checkpoint.gguf import GGUFValue, StringArray, TensorSource, read_gguf, write_gguf
+from ridgeline.checkpoint.gguf import StringArray, read_gguf
+from ridgeline.checkpoint.gguf_write import GGUFValue, TensorSource, write_gguf
 from ridgeline.errors import CheckpointError, ModelNotFoundError
 from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.gguf_blocks import dequantize, random_blocks

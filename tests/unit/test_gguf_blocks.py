@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from ridgeline.errors import CheckpointError
+from ridgeline.quant import gguf_native
 from ridgeline.quant.formats import FORMATS, QuantFormat
 from ridgeline.quant.gguf_blocks import LAYOUTS, dequantize, quantize, random_blocks
+from ridgeline.quant.gguf_native import encode_rows
 
 gguf = pytest.importorskip("gguf")
 
@@ -18,6 +20,8 @@ READABLE = [f for f in FORMATS.values() if f.ggml_type is not None]
 BLOCK_FORMATS = [FORMATS[name] for name in LAYOUTS]
 ENCODABLE = [FORMATS[name] for name in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")]
 LEGACY = [f for f in ENCODABLE if f.block_size == 32]
+SEARCHED = [f for f in LEGACY if f.name != "Q8_0"]
+K_QUANTS = [f for f in BLOCK_FORMATS if f.block_size == 256]
 BY_NAME = attrgetter("name")
 
 
@@ -154,10 +158,10 @@ def test_quantize_values_whose_scale_has_no_inverse(fmt: QuantFormat) -> None:
     assert (np.abs(dequantize(quantize(values, fmt), fmt, (1, 32))) == 0).all()
 
 
-@pytest.mark.parametrize("fmt", LEGACY, ids=BY_NAME)
+@pytest.mark.parametrize("fmt", [*LEGACY, *K_QUANTS], ids=BY_NAME)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 3e38])
 def test_quantize_refuses_what_a_block_cannot_hold(fmt: QuantFormat, bad: float) -> None:
-    values = np.ones((2, 64), np.float32)
+    values = np.ones((2, 2 * fmt.block_size), np.float32)
     values[1, 40] = bad
     with pytest.raises(CheckpointError, match=f"cannot quantize to {fmt.name}.*finite"):
         quantize(values, fmt)
@@ -182,10 +186,54 @@ def test_bf16_rounds_to_even_and_keeps_nan() -> None:
     assert (bits(quantize(every, FORMATS["BF16"])) == bits(oracle_quantize(FORMATS["BF16"], every))).all()
 
 
-@pytest.mark.parametrize("name", ["F64", "Q2_K", "Q6_K"])
-def test_quantize_names_what_it_can_write(name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"cannot quantize to {name}; choose one of F32.*Q8_0"):
-        quantize(np.zeros((1, 256), np.float32), FORMATS[name])
+def test_quantize_names_what_it_can_write() -> None:
+    with pytest.raises(CheckpointError, match="cannot quantize to F64; choose one of F32.*Q8_0.*Q6_K"):
+        quantize(np.zeros((1, 256), np.float32), FORMATS["F64"])
+
+
+@pytest.mark.parametrize("fmt", K_QUANTS, ids=BY_NAME)
+def test_k_quants_of_any_shape(fmt: QuantFormat) -> None:
+    # Their bytes are compared with ggml's in tests/golden.
+    values = np.random.default_rng(9).standard_normal((3, 2, 512)).astype(np.float32)
+    ours = quantize(values, fmt)
+    assert ours.shape == (3, 2, 2 * fmt.block_bytes)
+    error = dequantize(ours, fmt, values.shape) - values
+    # No worse than round to nearest with the step that the bits allow for the largest of 32 or so values.
+    assert error.std() < {"Q2_K": 0.45, "Q3_K": 0.2, "Q4_K": 0.09, "Q5_K": 0.045, "Q6_K": 0.025}[fmt.name]
+    assert quantize(values[:0], fmt).shape == (0, 2, 2 * fmt.block_bytes)
+
+
+@pytest.mark.parametrize("fmt", [*SEARCHED, *K_QUANTS], ids=BY_NAME)
+def test_importance_moves_the_error_away_from_what_matters(fmt: QuantFormat) -> None:
+    values = np.random.default_rng(10).standard_normal((64, 512)).astype(np.float32)
+    importance = np.where(np.arange(512) % 4 == 0, 100.0, 0.01)
+
+    def error(weights: np.ndarray | None) -> float:
+        found = dequantize(quantize(values, fmt, importance=weights), fmt, values.shape)
+        return float((importance * (found - values) ** 2).mean())
+
+    assert error(importance) < 0.9 * error(None)
+
+
+@pytest.mark.parametrize(
+    "bad", [np.ones(511), np.full(512, np.nan), np.full(512, np.inf), -np.ones(512), np.ones((1, 512))]
+)
+def test_importance_is_checked(bad: np.ndarray) -> None:
+    with pytest.raises(CheckpointError, match="importance of shape .*expected 512 finite numbers"):
+        quantize(np.ones((2, 512), np.float32), FORMATS["Q4_K"], importance=bad)
+
+
+def test_without_a_library_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="libridgeline_sse9.so; install a C"):
+        encode_rows(np.ones((1, 256), np.float32), FORMATS["Q4_K"], isa="sse9")
+    monkeypatch.setattr(gguf_native, "_library_files", lambda: iter(()))
+    gguf_native._encoder.cache_clear()
+    try:
+        assert quantize(np.ones((1, 256)), FORMATS["Q4_0"]).shape == (1, 144)
+        with pytest.raises(CheckpointError, match="choose Q4_0, Q4_1, Q5_0, Q5_1 or Q8_0"):
+            quantize(np.ones((1, 256)), FORMATS["Q4_K"])
+    finally:
+        gguf_native._encoder.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(), (31,), (32, 33)])

@@ -19,7 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ridgeline.checkpoint.gguf import StringArray, TensorSource, read_gguf, write_gguf
+from ridgeline.checkpoint.gguf import StringArray, read_gguf
+from ridgeline.checkpoint.gguf_write import TensorSource, write_gguf
 from ridgeline.errors import CheckpointError
 from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.gguf_blocks import random_blocks

@@ -8,9 +8,9 @@ import pytest
 
 from ridgeline.cli import kernels as module
 from ridgeline.cli.main import main
-from ridgeline.ops.cases import CaseResult
 from ridgeline.ops.native import ISAS
-from ridgeline.ops.packing import WEIGHT_FORMATS
+from ridgeline.ops.packing import GROUP_KERNELS, WEIGHT_FORMATS
+from ridgeline.ops.run_case import CaseResult
 
 
 def run(capsys, *arguments):
@@ -32,7 +32,7 @@ def document(capsys, *arguments):
 def test_explain_lists_what_there_is(capsys):
     found = document(capsys, "explain")
     assert [s["isa"] for s in found["instruction_sets"]] == list(ISAS)
-    assert [f["name"] for f in found["formats"]] == list(WEIGHT_FORMATS)
+    assert [f["name"] for f in found["formats"]] == [*WEIGHT_FORMATS, *GROUP_KERNELS]
     assert found["isa"] in [s["isa"] for s in found["instruction_sets"] if s["usable"]]
     assert "residual" in found["fusion"] and all(found["fusion"].values())
     status, out = run(capsys, "explain")
@@ -64,7 +64,7 @@ def test_a_failed_case_is_status_1(capsys, monkeypatch):
 def test_dump_writes_a_file_a_case(capsys, tmp_path):
     status, out = run(capsys, "test", "--filter", "glu silu", "--dump", tmp_path / "cases")
     assert status == 0 and out.startswith("3 cases in ")
-    assert all(f.read_bytes().startswith(b"RLCASE01") for f in (tmp_path / "cases").iterdir())
+    assert all(f.read_bytes().startswith(b"RLCASE02") for f in (tmp_path / "cases").iterdir())
 
 
 def test_perf_times_formats_and_attention(capsys, monkeypatch):

@@ -192,7 +192,7 @@ def test_a_turn_waits_for_the_answer_before_it():
     stand_in = (96,) * 30
     requests = [
         WorkloadRequest(first, 30, 0.0, conversation=0, turn=0),
-        WorkloadRequest((*first, *stand_in, *own), 5, 0.0, conversation=0, turn=1),
+        WorkloadRequest((*first, *stand_in, *own), 5, 0.0, conversation=0, turn=1, own_len=20),
         WorkloadRequest((7,), 2, 0.0),
     ]
     found = simulate(options(), tiny_config("llama"), requests, affine)

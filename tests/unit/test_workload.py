@@ -20,7 +20,6 @@ from ridgeline.bench.workload import (
     Uniform,
     Workload,
     continue_with,
-    one_token_words,
     workload_named,
 )
 from ridgeline.errors import ConfigError
@@ -80,6 +79,19 @@ def test_a_later_turn_holds_the_history_and_takes_the_real_answer():
     assert second.prompt_token_ids[5:8] == (7, 7, 7) and len(second.prompt_token_ids) == 13
     short = continue_with(third, second, (9,))
     assert short.prompt_token_ids == (*second.prompt_token_ids, 9, *third.prompt_token_ids[-5:])
+    # Also after an answer that was itself shorter than planned.
+    shorter = continue_with(third, continue_with(requests[1], first, (7,)), (9,))
+    own = [r.prompt_token_ids[-5:] for r in requests[:3]]
+    assert shorter.prompt_token_ids == (*own[0], 7, *own[1], 9, *own[2])
+
+
+def test_a_later_turn_as_text_takes_the_answer_as_text():
+    first, second, _ = make(turns=3).requests(vocab_size=9, seed=0, words=PLAIN_WORDS)[:3]
+    assert len(first.texts) == 1 and len(second.texts) == 3 and second.texts[0] == first.texts[0]
+    assert len(second.text.split()) == len(second.prompt_token_ids) == 13
+    real = continue_with(second, first, (1, 1), text=" Yes, I do.")
+    assert real.texts == (first.text, " Yes, I do.", second.texts[-1])
+    assert real.text == f"{first.text} Yes, I do.{second.texts[-1]}"
 
 
 @pytest.mark.parametrize(
@@ -108,8 +120,7 @@ def test_log_normal_lengths_have_their_median_and_bounds():
 
 
 def test_words_give_the_text_of_the_same_tokens():
-    words = one_token_words({"Ġstone": 4, "Ġriver": 9, "stone": 1, "ĠA": 2, "Ġx1": 3, "Ġx": 5})
-    assert words == [(4, " stone"), (9, " river")]
+    words = [(4, " stone"), (9, " river")]
     request = make().requests(vocab_size=100, seed=0, words=words)[0]
     assert request.text == "".join({4: " stone", 9: " river"}[i] for i in request.prompt_token_ids)
     assert len(make().requests(vocab_size=100, seed=0, words=PLAIN_WORDS)[0].text.split()) == 5

@@ -1,0 +1,1 @@
+"""How a quantized model is made: grids, GPTQ, learned rounding, scaling, calibration, recipes."""
