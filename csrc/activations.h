@@ -20,7 +20,7 @@ static_assert(sizeof(act_block) == 64, "one cache line");
 struct wide_act_block {
     int16_t q[kBlock];
     float d;
-    float sums[2], sum;
+    float sum;  // d times the sum of q
 };
 
 // What the weights of a linear ask for (ActivationQuant in quant/weight.py): int8, one scale a token.
@@ -51,14 +51,10 @@ static inline void put_integers(act_block &block, vf low, vf high, float d) {
 static inline void put_integers(wide_act_block &block, vf low, vf high, float d) {
     store_rounded(block.q, low);
     store_rounded(block.q + kLanes, high);
-    int32_t totals[2] = {0, 0};
-    for (int i = 0; i < kLanes; i++) {
-        totals[0] += block.q[i];
-        totals[1] += block.q[kLanes + i];
-    }
+    int32_t total = 0;
+    for (int i = 0; i < kBlock; i++) total += block.q[i];
     block.d = d;
-    for (int h = 0; h < 2; h++) block.sums[h] = d * (float)totals[h];
-    block.sum = d * (float)(totals[0] + totals[1]);
+    block.sum = d * (float)total;
 }
 
 // A row of k floats to k/32 blocks: d = max|x| / levels, q = x / d rounded to even.

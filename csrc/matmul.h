@@ -33,8 +33,8 @@ template <class P> struct packed_group {
 };
 
 // The same with codes unpacked to bytes and scales to floats: worth it for more than one tile of tokens.
-template <int Groups, int ZeroShift, bool Mins> struct unpacked_group {
-    static constexpr int groups = Groups, zero_shift = ZeroShift, run = 1, floats = kLanes * (Mins ? 2 : 1);
+template <int Groups, int ZeroShift, bool Mins, int Run> struct unpacked_group {
+    static constexpr int groups = Groups, zero_shift = ZeroShift, run = Run, floats = kLanes * (Mins ? 2 : 1);
     static constexpr bool mins = Mins;
     const uint8_t *bytes;
     const float *scales;
@@ -99,12 +99,19 @@ template <int M, class Group> __attribute__((noinline)) void quantized_tile(cons
 #pragma GCC unroll 16
                 for (int m = 0; m < M; m++)
                     totals[m] = fma(dot_finish(dots[m]), mul(scale, splat(x[m * blocks + b].d)), totals[m]);
-                if constexpr (Group::mins) {
+                if constexpr (Group::mins && Group::run == 1) {
 #pragma GCC unroll 16
                     for (int m = 0; m < M; m++) {
                         const act_block &a = x[m * blocks + b];
                         totals[m] = fma(min, splat(Group::groups == 1 ? a.sum : a.sums[g]), totals[m]);
                     }
+                }
+            }
+            if constexpr (Group::mins && Group::run == 2) {
+#pragma GCC unroll 16
+                for (int m = 0; m < M; m++) {
+                    const act_block *a = x + m * blocks + first;
+                    totals[m] = fma(min, splat(a[0].sum + a[1].sum), totals[m]);
                 }
             }
         }
@@ -142,12 +149,16 @@ __attribute__((noinline)) void wide_tile(const Group &w, const wide_act_block *x
 #pragma GCC unroll 16
                 for (int m = 0; m < M; m++)
                     totals[m] = fma(wide_finish(dots[m]), mul(scale, splat(x[m * blocks + b].d)), totals[m]);
-                if constexpr (Group::mins) {
+                if constexpr (Group::mins && Group::run == 1) {
 #pragma GCC unroll 16
-                    for (int m = 0; m < M; m++) {
-                        const wide_act_block &a = x[m * blocks + b];
-                        totals[m] = fma(min, splat(Group::groups == 1 ? a.sum : a.sums[g]), totals[m]);
-                    }
+                    for (int m = 0; m < M; m++) totals[m] = fma(min, splat(x[m * blocks + b].sum), totals[m]);
+                }
+            }
+            if constexpr (Group::mins && Group::run == 2) {
+#pragma GCC unroll 16
+                for (int m = 0; m < M; m++) {
+                    const wide_act_block *a = x + m * blocks + first;
+                    totals[m] = fma(min, splat(a[0].sum + a[1].sum), totals[m]);
                 }
             }
         }
@@ -242,7 +253,7 @@ void multiply_group(const uint8_t *group, activations in, int64_t tokens, int64_
             if (P::bits == 8 || tokens <= 4 * tile)
                 return each_tile([&](auto m, activations a) { multiply(m, as_packed, a); });
         if constexpr (P::bits < 8 || !P::has_packed_tiles) {
-            using unpacked = unpacked_group<P::groups, P::zero_shift, P::mins>;
+            using unpacked = unpacked_group<P::groups, P::zero_shift, P::mins, P::run>;
             scratch.resize(unpacked::bytes_for(k) + 64);
             const auto as_bytes = unpacked::make(as_packed, (uint8_t *)align64((int64_t)scratch.data()));
             each_tile([&](auto m, activations a) { multiply(m, as_bytes, a); });

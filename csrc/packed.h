@@ -23,7 +23,7 @@ struct row_block {
     uint16_t d, m;          // half: scale and min of the block, or of the super-block
     int8_t sub_scale[2];    // K-quants: of each group of the block
     uint8_t sub_min[2];
-    uint8_t scale[2][4], zero[2];  // group formats: of each half, the scale in the bytes of its type
+    uint8_t scale[4], zero;  // group formats: the scale in the bytes of its type
 };
 
 template <int Format> struct packed;

@@ -38,7 +38,7 @@ enum rl_format : int32_t {
     RL_Q6_K = 14,
     RL_BF16 = 30,
     // Codes of 2, 3, 4 or 8 bits with a scale and a zero point for every 16, 32 or 64 columns (packed_groups.h):
-    // RL_GROUPS + 16 · bits + 8 if scales are float32 + 0, 1 or 2.
+    // RL_GROUPS + 16 · bits + 8 if scales are float32 + 1 if a scale has 64 columns.
     RL_GROUPS = 256,
 };
 

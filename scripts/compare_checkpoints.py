@@ -345,6 +345,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path)
     parser.add_argument("--fixtures", type=Path)
     parser.add_argument("--models", default="tiny-llama,tiny-llama tied,smollm2")
+    parser.add_argument("--only", default="", help="cases whose name has this in it; --out keeps the others")
     parser.add_argument("--role", choices=("load", "make", "fixtures"), help="inside the peers' environment")
     parser.add_argument("arguments", nargs="*")
     options = parser.parse_args()
@@ -380,7 +381,10 @@ def main() -> None:
     from ridgeline.models.synth import synthesize
 
     work = options.work or Path(tempfile.mkdtemp())
-    results: dict[str, Any] = {"made": time.strftime("%Y-%m-%d"), "ours": {}, "theirs": {}}
+    results: dict[str, Any] = {"ours": {}, "theirs": {}}
+    if options.out and options.out.exists():
+        results = json.loads(options.out.read_text())
+    results["made"] = time.strftime("%Y-%m-%d")
     for label in options.models.split(","):
         if label == "smollm2":
             model, names = load_model(locate_model("smollm2")), list(REAL)
@@ -389,6 +393,7 @@ def main() -> None:
             source = synthesize("tiny-llama", "F32", path=work / f"{label} source", tie_embeddings=tied)
             model, names = load_model(source), list(OURS)
         directories = {}
+        names = [name for name in names if options.only in name]
         for name in names:
             kind, bits, size, symmetric, extras = OURS[name]
             changed = quantized(model, bits, 64 if label == "smollm2" and size else size, symmetric, extras)
@@ -399,10 +404,11 @@ def main() -> None:
         for name, directory in directories.items():
             results["ours"][f"{label}: {name}"] = compared(directory)
             print(f"{label}: {name}", results["ours"][f"{label}: {name}"], flush=True)
-    peers("make", work / "tiny-llama source", work / "theirs")
-    for directory in sorted((work / "theirs").iterdir()):
-        results["theirs"][directory.name] = compared(directory)
-        print(directory.name, results["theirs"][directory.name], flush=True)
+    if (work / "tiny-llama source").exists() and not options.only:
+        peers("make", work / "tiny-llama source", work / "theirs")
+        for directory in sorted((work / "theirs").iterdir()):
+            results["theirs"][directory.name] = compared(directory)
+            print(directory.name, results["theirs"][directory.name], flush=True)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")
     for side in ("ours", "theirs"):

@@ -32,8 +32,8 @@ from ridgeline.quant.weight import Weight
 WINDOWS_PER_STEP = 2
 SCALE_RATE = 1e-3
 """Of Adam, relative to the value that is trained."""
-CODE_TRAVEL = 1.5
-"""Units a code moves if its gradient keeps its sign: half of one is the border of its cell."""
+CODE_NOISE = 0.15
+"""Where gradients of random sign bring a position, as a standard deviation: its cell ends at 0.5."""
 WARM_UP = 0.05
 
 
@@ -138,9 +138,11 @@ def tune(
         for group in optimizer.param_groups:
             group["lr"] = SCALE_RATE * warm * (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.step()
+        # The sum of steps r (1 - t/n) with random signs has the variance r² n / 3.
+        code_rate = CODE_NOISE * math.sqrt(3 / steps) * (1 - step / steps)
         for tensor in trained.values():
             if tensor.positions is not None:
-                tensor.move(2 * CODE_TRAVEL / steps * (1 - step / steps))
+                tensor.move(code_rate)
         if on_progress is not None:
             on_progress(step + 1, steps, f"tune, divergence {loss.item():.4f}")
     return replace(model, weights={**model.weights, **{name: t.trained() for name, t in trained.items()}})

@@ -32,14 +32,14 @@ WEIGHT_FORMATS = (
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
 )
 """Formats of files that csrc/packed.h reads; group formats are packed as one of GROUP_KERNELS."""
-GROUP_SPANS = (16, 32, 64)
+GROUP_SPANS = (32, 64)
 """Columns that share a scale and a zero point in csrc/packed_groups.h; longer groups repeat theirs."""
 GROUP_KERNELS = tuple(
     group_format(bits, span, symmetric=False, scale=scale).name
     for bits in GROUP_BITS
     for scale in SCALE_BYTES
     for span in GROUP_SPANS
-    if (span, scale) != (16, "F32")
+    if bits >= 4 or (span, scale) != (64, "F32")
 )
 """Packed forms of group formats: `INT4_G64` and so on. What fits none of them is dequantized to F32."""
 KERNELS = (*WEIGHT_FORMATS, *GROUP_KERNELS, "Q8_0:A8", "INT4_G64:A8", "INT8_G64:A8")
@@ -75,7 +75,8 @@ def packed_format(weight: Weight) -> QuantFormat:
     for span in reversed(GROUP_SPANS):
         if format.block_size % span == 0 and columns % KERNEL_BLOCK == 0:
             packed = group_format(format.codes.bits, span, symmetric=False, scale=format.codes.scale)
-            return packed if packed.name in GROUP_KERNELS else FORMATS["F32"]
+            if packed.name in GROUP_KERNELS:
+                return packed
     return FORMATS["F32"]
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ridgeline.config import KVCacheDType
+from ridgeline.config import TILE_TOKENS, KVCacheDType
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.ops.batch import ForwardBatch, Row
 from ridgeline.ops.native import NativeProgram
@@ -84,7 +84,7 @@ class AttentionRate:
 
     call_s: float
     pair_s: float
-    """One query token and one key token of one KV head's group of query heads."""
+    """One query token and one key token of one KV head's group of query heads: see `scored_pairs`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +147,19 @@ class KernelRates:
             kept = _read(self._path, self._limits.identity) | self._known
             _write(self._path, self._limits.identity, kept)
         return self._known[name]
+
+
+def scored_pairs(num_new: int, length: int, *, window: int | None = None, num_sinks: int = 0) -> int:
+    """Query-key pairs that the kernel computes for the last `num_new` of `length` tokens.
+
+    More than what the queries see: keys come in whole tiles.
+    """
+
+    def num_tiles(seen: int) -> int:
+        first = 0 if window is None else max(seen - window, 0) // TILE_TOKENS
+        return -(-seen // TILE_TOKENS) - first + min(-(-num_sinks // TILE_TOKENS), first)
+
+    return TILE_TOKENS * sum(num_tiles(seen) for seen in range(length - num_new + 1, length + 1))
 
 
 def _pairs(values: Sequence[float]) -> list[tuple[float, float]]:
@@ -231,7 +244,7 @@ def _measure_attention(
             tables = rng.permutation(num_seqs * blocks).reshape(num_seqs, blocks).tolist()
             rows = [Row((0,) * num_new, context, tuple(table), 1) for table in tables]
             batch = ForwardBatch.from_rows(rows, block_size=BLOCK_SIZE)
-            pairs = num_seqs * (num_new * context + num_new * (num_new + 1) // 2)
+            pairs = num_seqs * scored_pairs(num_new, length)
             seconds = op_seconds(native, batch, Opcode.ATTENTION, before_step=others.sum)
             fixed = min(limits.barrier_s, seconds)  # once for all heads
             measured.append((pairs, fixed + (seconds - fixed) / PROBE_KV_HEADS))

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ridgeline.config import EngineConfig
+from ridgeline.config import TILE_TOKENS, EngineConfig
 from ridgeline.engine.executors.native import stored_weights
 from ridgeline.engine.memory import plan_cache
 from ridgeline.errors import ConfigError
@@ -28,7 +28,13 @@ from ridgeline.ops.fuse import fuse, rules_named
 from ridgeline.ops.packing import input_bits, kernel_name, weight_label
 from ridgeline.ops.program import Instruction, Opcode, Program, StepShape
 from ridgeline.profiling.machine import MachineLimits
-from ridgeline.profiling.rates import COLUMNS, AttentionRate, KernelRates, LinearRate
+from ridgeline.profiling.rates import (
+    COLUMNS,
+    AttentionRate,
+    KernelRates,
+    LinearRate,
+    scored_pairs,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +100,13 @@ class Predictor:
         """
         prefills = [(new, length) for new, length in sequences if new > 1]
         decodes = [length for new, length in sequences if new == 1]
-        mean = sum(decodes) // len(decodes) // 8 * 8 if decodes else 0
-        key = (num_logits, len(decodes), mean, *(n for pair in prefills for n in pair))
+        # Attention reads whole tiles, so sequences of as many tiles in all take as long.
+        tiles = sum(-(-length // TILE_TOKENS) for length in decodes)
+        key = (num_logits, len(decodes), tiles, *(n for pair in prefills for n in pair))
         if key not in self._known:
-            shape = StepShape((*prefills, *((1, max(mean, 1)),) * len(decodes)), num_logits)
-            self._known[key] = self._step_s(shape)
+            each, more = divmod(tiles, max(len(decodes), 1))
+            alike = [(1, TILE_TOKENS * (each + (i < more))) for i in range(len(decodes))]
+            self._known[key] = self._step_s(StepShape((*prefills, *alike), num_logits))
         return self._known[key]
 
     def _step_s(self, shape: StepShape) -> float:
@@ -225,7 +233,7 @@ class Predictor:
         total = 0.0
         for sequences, num_new, num_seqs in groups:
             rate = _attention_at(self._attention_rates, num_new, num_seqs)
-            pairs = StepShape(sequences, 0).num_visible(window, num_sinks)
+            pairs = sum(scored_pairs(*s, window=window, num_sinks=num_sinks) for s in sequences)
             fixed = min(self.limits.barrier_s, rate.call_s)
             total += fixed + layout.num_kv_heads * (rate.call_s - fixed + pairs * rate.pair_s)
         return total

@@ -21,6 +21,7 @@ from ridgeline.profiling.rates import (
     AttentionRate,
     EngineRate,
     LinearRate,
+    scored_pairs,
 )
 from ridgeline.profiling.roofline import Predictor
 
@@ -95,6 +96,24 @@ def test_a_decode_step_is_the_sum_of_its_rates(model_path, config):
     )
     assert p.decode_s(1, 64) == pytest.approx(expected + others, rel=1e-9)
     assert others < 1e-6
+
+
+@pytest.mark.parametrize(("window", "num_sinks"), [(None, 0), (1, 0), (50, 0), (64, 4), (100, 40)])
+@pytest.mark.parametrize(("num_new", "length"), [(1, 1), (1, 32), (1, 33), (1, 500), (40, 40), (70, 300)])
+def test_keys_are_scored_by_whole_tiles(num_new, length, window, num_sinks):
+    touched = 0
+    for query in range(length - num_new, length):
+        keys = range(query + 1)
+        seen = [k for k in keys if window is None or k > query - window or k < num_sinks]
+        touched += 32 * len({k // 32 for k in seen})
+    assert scored_pairs(num_new, length, window=window, num_sinks=num_sinks) == touched
+
+
+def test_ragged_sequences_take_as_long_as_their_tiles(model_path, config):
+    p = predictor(model_path, config, Rates())
+    ragged = [(1, 40), (1, 300), (1, 65), (1, 96)]  # 2, 10, 3 and 3 tiles
+    assert p.step_s(ragged, 4) == pytest.approx(p._step_s(StepShape(tuple(ragged), 4)), rel=1e-9)
+    assert p.step_s(ragged, 4) < p.step_s([(1, 160)] * 4, 4)
 
 
 def test_a_prompt_is_the_sum_of_its_chunks(model_path, config):
