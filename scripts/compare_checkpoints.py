@@ -270,7 +270,7 @@ def our_logits(model: Any) -> np.ndarray:
     )
     engine = LLMEngine(config, model, None)
     blocks = tuple(range(-(-len(TOKENS) // 32)))
-    row = PlanRow("r", tuple(TOKENS), 0, blocks, num_drafts=0, num_logits=len(TOKENS), num_padding=0)
+    row = PlanRow("r", tuple(TOKENS), 0, blocks, num_logits=len(TOKENS))
     logits = np.array(engine.executor.forward(ForwardBatch.from_rows([row], block_size=32)), np.float64)
     engine.close()
     return logits

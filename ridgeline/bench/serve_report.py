@@ -151,8 +151,8 @@ def _warnings(
         ),
         (
             bool(cached) and not workload.shares_prefixes,
-            f"{cached} prompt tokens came from a prefix cache though the workload shares none: the server "
-            "has seen these prompts; use another --seed",
+            f"{cached} prompt tokens came from a prefix cache though the workload shares none: a chat "
+            "template begins every prompt alike, or the server has seen these; then use another --seed",
         ),
         (
             abs(prompt_tokens - planned) > 0.05 * planned,
