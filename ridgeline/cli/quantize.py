@@ -144,6 +144,8 @@ def quantize(
     changes: RecipeChanges = RecipeChanges(),
     calibration: CalibrationOptions = CalibrationOptions(),
     importance: bool = False,
+    imatrix: Path | None = None,
+    save_imatrix: Path | None = None,
     judging: JudgeOptions = JudgeOptions(),
     force: bool = False,
     resume: bool = False,
@@ -162,7 +164,7 @@ def quantize(
 
         ridgeline quantize -m smollm2 --recipe gptq-int4-g64 -o smollm2-int4
 
-        ridgeline quantize -m smollm2 --recipe Q4_K_M --importance -o smollm2-q4_k_m.gguf
+        ridgeline quantize -m smollm2 --recipe Q4_K_M --save-imatrix imatrix.gguf -o smollm2-q4_k_m.gguf
 
         ridgeline quantize -m ./my-model --recipe awq-int4-g64 --format awq -o my-model-awq --text book.txt
 
@@ -185,6 +187,10 @@ def quantize(
         Also judge these, with commas between: recipes, or rtn, gptq, awq, awq-gptq with the same bits.
     importance
         GGUF recipes: weigh errors by what the inputs look like in the calibration text.
+    imatrix
+        GGUF recipes: the same from a file of llama-imatrix.
+    save_imatrix
+        Measure the importance and write it to this file, which `llama-quantize --imatrix` reads.
     force
         Overwrite an output that is there.
     resume
@@ -208,14 +214,21 @@ def quantize(
     work = None if output is None else _prepared(output, kind, source, force=force, resume=resume)
 
     base, tokenizer = open_base(source)
-    needs = [r for r in wanted if r.needs_calibration or (importance and r.gguf_mix is not None)]
+    mixes = [r for r in wanted if r.gguf_mix is not None]
+    if (imatrix or save_imatrix or importance) and not mixes:
+        raise ConfigError(f"an importance matrix is for GGUF recipes; {chosen.name} is none")
+    measured = imatrix is None and (importance or save_imatrix is not None)
+    needs = [r for r in wanted if r.needs_calibration or (measured and r in mixes)]
     tokens = calibration.tokens(tokenizer) if needs else None
+    columns = importance_columns(base, imatrix, save_imatrix, tokens if measured else None)
     models: dict[str, LoadedModel] = {}
     made: dict[str, Made] = {}
     for one in wanted:
         # Tokens that are there also show the output errors of recipes that could do without them.
         used = tokens if one in needs or one.gguf_mix is None else None
-        models[one.name], made[one.name] = make(base, one, used, work_dir=work if one is chosen else None)
+        models[one.name], made[one.name] = make(
+            base, one, used, imatrix=columns, work_dir=work if one is chosen else None
+        )
         if output is not None and one is chosen:
             _save(models[one.name], output, kind, overwrite=force)
             models[one.name] = load_model(output)  # what is judged is what was written
@@ -269,15 +282,44 @@ def open_base(source: Path) -> tuple[LoadedModel, Tokenizer | None]:
     return base, load_tokenizer(base.checkpoint)
 
 
+def importance_columns(
+    base: LoadedModel, read: Path | None, write: Path | None, tokens: Calibration | None
+) -> Mapping[str, Any] | None:
+    """Mean x² of every linear's inputs, from a file or from the calibration text; None: not wanted."""
+    from ridgeline.compress.gguf import read_importance, write_importance
+    from ridgeline.compress.quantize import importance
+
+    if read is not None:
+        return read_importance(base, read)
+    if tokens is None:
+        return None
+    with progress_bar("importance") as progress:
+        columns = importance(base, tokens, on_progress=progress)
+    if write is not None:
+        write_importance(base, columns, write, num_tokens=tokens.num_tokens)
+        say(f"importance matrix written to {write}")
+    return columns
+
+
 def make(
-    base: LoadedModel, recipe: Recipe, calibration: Calibration | None, *, work_dir: Path | None = None
+    base: LoadedModel,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    *,
+    imatrix: Mapping[str, Any] | None = None,
+    work_dir: Path | None = None,
 ) -> tuple[LoadedModel, Made]:
     """Quantize by one recipe, with a bar, and describe what was done."""
     from ridgeline.compress.quantize import quantize_model
 
     with progress_bar(recipe.name) as progress:
         result = quantize_model(
-            base, recipe, calibration=calibration, on_progress=progress, work_dir=work_dir
+            base,
+            recipe,
+            calibration=calibration,
+            imatrix=imatrix,
+            on_progress=progress,
+            work_dir=work_dir,
         )
     say(f"{recipe.name}: quantized in {result.seconds['total']:,.1f} s")
     return result.model, Made(

@@ -19,6 +19,9 @@ Row = Mapping[str, Any]
 """One model of a card: name, seconds, tensors, void, and what `Judged.document` says."""
 
 NUM_WORST = 8
+MIN_WINDOWS = 8
+"""Fewer do not carry a standard error."""
+FEW_WINDOWS = " From so few windows the errors are rough, and differences of some percent are no verdict."
 HEADERS = (
     *("model", "bits", "linears", "embedding", "MiB", "smaller", "perplexity", "change", "KL"),
     *("same top-1", "flips", "decode tok/s", "prefill tok/s", "made in"),
@@ -206,6 +209,7 @@ def notes(document: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"Quality: {quality['num_tokens']:,} tokens of {evaluation['text']} in "
             f"{quality['num_windows']} windows of {quality['context']}, executor {evaluation['executor']}."
+            + (FEW_WINDOWS if quality["num_windows"] < MIN_WINDOWS else "")
         )
     if details.get("calibration"):
         calibration = details["calibration"]

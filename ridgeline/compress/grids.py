@@ -32,8 +32,9 @@ Tensor = torch.Tensor
 
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # of float16
 _ELEMENTS_AT_ONCE = 1 << 17  # a search passes over its values many times: keep them in cache
-_SHRINKS = {2: (1.0, 0.3), 3: (1.0, 0.5), 4: (1.0, 0.6), 8: (1.0, 0.8)}
-_NUM_SHRINKS = 21
+_SHRINKS = {
+    bits: np.linspace(1, least, 9).tolist() for bits, least in ((2, 0.3), (3, 0.5), (4, 0.65), (8, 0.85))
+}
 _KL_BINS = 4096
 
 
@@ -216,38 +217,47 @@ def _percentiles(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 def _least_squares(values: Tensor, grid: Grid, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Of shrunken ranges, and of the scales that fit their codes best, the one of least weighted error.
 
-    Given levels c = q - z, the best scale is d = (cᵀ H w) / (cᵀ H c); H is diagonal or the group's block.
+    With levels c = q - z and the rest r = w - d c, a scale d + t has the error rᵀHr - 2t cᵀHr + t² cᵀHc,
+    least at t = cᵀHr / cᵀHc. H is diagonal; with the blocks of a Hessian only the shrunken ranges themselves
+    are judged, since rounding to nearest again, at another scale, need not lower such an error.
     """
     num_groups, size = values.shape[1:]
+    blocks: Tensor | None = None
+    diagonal: Tensor | None = None
     if importance is not None and importance.ndim == 2:
         blocks = torch.stack(
             [importance[i : i + size, i : i + size] for i in range(0, num_groups * size, size)]
         )
+    elif importance is not None:
+        diagonal = importance.view(1, num_groups, size)
 
-        def weighted(x: Tensor) -> Tensor:
+    def weighted(x: Tensor) -> Tensor:
+        if blocks is not None:
             return torch.einsum("nrl,rlm->nrm", x, blocks)
-    else:
-        diagonal = torch.ones_like(values[:1]) if importance is None else importance.view(1, num_groups, size)
-
-        def weighted(x: Tensor) -> Tensor:
-            return x * diagonal
+        return x if diagonal is None else x * diagonal
 
     low, high = _extremes(values)
     best = torch.full_like(low, torch.inf)
     scales, zeros = _affine(low, high, grid)
-    for shrink in np.linspace(*_SHRINKS[grid.bits], _NUM_SHRINKS).tolist():
+    for shrink in _SHRINKS[grid.bits]:
         d, z = _affine(low * shrink, high * shrink, grid)
         levels = nearest_levels(values, d[..., None], z[..., None], grid.max_code)
-        h_levels = weighted(levels)
-        fitted = (h_levels * values).sum(-1) / (h_levels * levels).sum(-1)
-        for candidate in (d, torch.where(fitted > 0, as_float16(fitted), d)):
-            levels = nearest_levels(values, candidate[..., None], z[..., None], grid.max_code)
-            rest = torch.addcmul(values, levels, candidate[..., None], value=-1)
-            error = (weighted(rest) * rest).sum(-1)
-            better = error < best
-            best = torch.where(better, error, best)
-            scales, zeros = torch.where(better, candidate, scales), torch.where(better, z, zeros)
+        rest = torch.addcmul(values, levels, d[..., None], value=-1)
+        h_rest = weighted(rest)
+        error = _dot(rest, h_rest)
+        if blocks is None:
+            slope, curvature = _dot(levels, h_rest), _dot(levels, weighted(levels))
+            fitted = as_float16(d + slope / curvature.clamp(min=torch.finfo(d.dtype).tiny))
+            change = fitted - d
+            d, error = fitted, error - change * (2 * slope - change * curvature)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales, zeros = torch.where(better, d, scales), torch.where(better, z, zeros)
     return scales, zeros
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(-1)
 
 
 def _least_divergence(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -45,11 +45,13 @@ def quantize_model(
     recipe: Recipe,
     *,
     calibration: Calibration | None = None,
+    imatrix: Mapping[str, npt.NDArray[np.float32]] | None = None,
     on_progress: Progress | None = None,
     work_dir: Path | None = None,
 ) -> QuantizedModel:
     """Quantize by a recipe. With calibration, errors of the layers' outputs are measured for every recipe.
 
+    `imatrix`: mean x² of input columns by canonical name, for GGUF recipes instead of calibration.
     `work_dir`: finished layers are kept there, and a run that was killed continues where it was, to the same
     bits. Raises ConfigError where the recipe needs calibration and there is none, and for a group size that
     does not divide a row.
@@ -59,7 +61,7 @@ def quantize_model(
         raise ConfigError(f"recipe {recipe.name!r} needs calibration tokens, and none were given")
     seconds: dict[str, float] = {}
     if recipe.gguf_mix is not None:
-        result = _quantize_gguf(model, recipe.gguf_mix, calibration, on_progress)
+        result = _quantize_gguf(model, recipe.gguf_mix, calibration, imatrix, on_progress)
     else:
         _check_groups(model, recipe)
         result = _quantize_groups(model, recipe, calibration, on_progress, work_dir, seconds)
@@ -95,9 +97,15 @@ def importance(
 
 
 def _quantize_gguf(
-    model: LoadedModel, mix: str, calibration: Calibration | None, on_progress: Progress | None
+    model: LoadedModel,
+    mix: str,
+    calibration: Calibration | None,
+    imatrix: Mapping[str, npt.NDArray[np.float32]] | None,
+    on_progress: Progress | None,
 ) -> QuantizedModel:
-    columns = {} if calibration is None else importance(model, calibration, on_progress=on_progress)
+    columns = dict(imatrix or {})
+    if not columns and calibration is not None:
+        columns = importance(model, calibration, on_progress=on_progress)
     if model.weights["lm_head"] is model.weights["embed_tokens"] and "lm_head" in columns:
         columns["embed_tokens"] = columns["lm_head"]
     quantized = quantize_to_mix(model, mix, importance=columns, on_progress=on_progress)

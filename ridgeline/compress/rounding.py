@@ -45,11 +45,7 @@ def refine(
 
     `order` int32 [K] of a weight stored in act-order. A sweep visits each column once and refits the scales.
     """
-    state = _State.of(weight, hessian, groups, damp, order)
-    for _ in range(sweeps):
-        state.descend()
-        state.refit_scales()
-    return state.groups(groups)
+    return _swept(_State.of(weight, hessian, groups, damp, order), sweeps).groups(groups)
 
 
 def learned_rounding(
@@ -57,7 +53,7 @@ def learned_rounding(
     hessian: Tensor,
     groups: Groups,
     *,
-    steps: int = 200,
+    steps: int = 50,
     learning_rate: float = 0.05,
     damp: float = 0.01,
     order: Order | None = None,
@@ -65,17 +61,22 @@ def learned_rounding(
 ) -> Groups:
     """Groups of weight [N, K] with f no larger in any row: AdaRound from these groups on, then `refine`."""
     state = _State.of(weight, hessian, groups, damp, order)
-    start = state.cost()
-    learned = _learn(state, steps, learning_rate)
+    learned = _swept(_learn(state, steps, learning_rate), sweeps)
+    better = learned.cost() < state.cost()
+    return state.replaced_where(better, learned).groups(groups)
+
+
+def _swept(state: _State, sweeps: int) -> _State:
+    product = state.product()
     for _ in range(sweeps):
-        learned.descend()
-        learned.refit_scales()
-    return state.replaced_where(learned.cost() < start, learned).groups(groups)
+        state.descend(product)
+        product = state.refit_scales()
+    return state
 
 
 @dataclass(slots=True, eq=False)
 class _State:
-    """A weight with the codes and scales found so far. Owns them; w, h and zeros are only read."""
+    """A weight and the codes and scales found so far. Owns these; w, h and zeros are only read."""
 
     w: Tensor
     """[N, K], columns as stored"""
@@ -104,10 +105,14 @@ class _State:
         """Ŵ [N, K]."""
         return (self.levels.view(*self.scales.shape, -1) * self.scales[..., None]).view(self.w.shape)
 
-    def cost(self) -> Tensor:
-        """f of every row [N]."""
-        rest = self.w - self.values()
-        return ((rest @ self.h) * rest).sum(1)
+    def product(self) -> Tensor:
+        """E H [N, K]."""
+        return (self.w - self.values()) @ self.h
+
+    def cost(self, product: Tensor | None = None) -> Tensor:
+        """f of every row [N]; product: E H where that is known."""
+        product = self.product() if product is None else product
+        return (product * (self.w - self.values())).sum(1)
 
     def replaced_where(self, better: Tensor, other: _State) -> _State:
         """This state with the rows of another."""
@@ -125,14 +130,11 @@ class _State:
             scales=self.scales.float().cpu().numpy(),
         )
 
-    def descend(self) -> None:
-        """Visit every column once and move each weight to the best code given all others."""
-        parts = zip(*(torch.split(x, ROWS_AT_ONCE) for x in self._rows()), strict=True)
+    def descend(self, product: Tensor) -> None:
+        """Visit every column once and move each weight to the best code given all others; product: E H."""
+        rows = (self.values(), product, self.scales, self.zeros)
+        parts = zip(*(torch.split(x, ROWS_AT_ONCE) for x in rows), strict=True)
         self.levels = torch.cat([self._descend_rows(*part) for part in parts])
-
-    def _rows(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        values = self.values()
-        return values, (self.w - values) @ self.h, self.scales, self.zeros
 
     def _descend_rows(self, values: Tensor, gradient: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
         """New levels [N, K] of some rows, from Ŵ and E H [N, K]."""
@@ -156,30 +158,32 @@ class _State:
                 gradient[j + 1 : middle].addr_(self.h[j, j + 1 : middle], move, alpha=-1)
         return levels.t()
 
-    def refit_scales(self) -> None:
-        """The scales that fit the codes best: (Cᵀ H C) d = Cᵀ H w, C [K, R] the levels of a row by group.
+    def refit_scales(self) -> Tensor:
+        """Take the scales that fit the codes best: d + t, (Cᵀ H C) t = Cᵀ H e, C [K, R] the row's levels.
 
-        A row keeps its scales where rounding to float16 made the new ones worse.
+        A row keeps its scales where rounding to float16 made the new ones worse. Returns E H.
         """
         n, num_groups = self.scales.shape
         size = self.w.shape[1] // num_groups
-        normal = self.w.new_empty(n, num_groups, num_groups)
+        product = self.product()
+        normal = self.w.new_zeros(n, num_groups, num_groups)
         for g in range(num_groups):
-            part = slice(g * size, (g + 1) * size)
-            product = (self.levels[:, part] @ self.h[part]) * self.levels
-            normal[:, g] = product.view(n, num_groups, size).sum(2)
-        wanted = ((self.w @ self.h) * self.levels).view(n, num_groups, size).sum(2)
+            part, behind = slice(g * size, (g + 1) * size), slice(g * size, None)
+            products = (self.levels[:, part] @ self.h[part, behind]).mul_(self.levels[:, behind])
+            normal[:, g, g:] = products.view(n, num_groups - g, size).sum(2)
+        normal += normal.triu(1).transpose(1, 2)
+        slope = (product * self.levels).view(n, num_groups, size).sum(2)
 
         diagonal = normal.diagonal(dim1=1, dim2=2)
         empty = diagonal <= 0  # all levels 0: any scale will do
         diagonal += torch.where(empty, 1.0, 1e-6 * diagonal)
-        wanted = torch.where(empty, self.scales, wanted)
-        fitted = torch.linalg.solve(normal.double(), wanted.double()).to(self.w.dtype)
+        fitted = self.scales + torch.linalg.solve(normal.double(), slope.double()).to(self.w.dtype)
         usable = (fitted > 0) & fitted.isfinite()
-        fitted = torch.where(usable, as_float16(fitted), self.scales)
-        other = replace(self, scales=fitted)
-        better = other.cost() < self.cost()
-        self.scales = torch.where(better[:, None], fitted, self.scales)
+        other = replace(self, scales=torch.where(usable, as_float16(fitted), self.scales))
+        other_product = other.product()
+        better = (other.cost(other_product) < self.cost(product))[:, None]
+        self.scales = torch.where(better, other.scales, self.scales)
+        return torch.where(better, other_product, product)
 
 
 def _learn(state: _State, steps: int, learning_rate: float) -> _State:
