@@ -202,14 +202,14 @@ def _learn(state: _State, steps: int, learning_rate: float) -> _State:
     # A row's whole error counts as much as the regulariser of its weights does.
     unit = state.w.shape[1] / state.cost()[:, None].clamp(min=torch.finfo(v.dtype).tiny)
     for i in range(steps):
-        h = (v.sigmoid() * (1 + 2 * _STRETCH) - _STRETCH).clamp(0, 1)
-        with torch.no_grad():
-            slope = -2 * ((rest - step * h) @ state.h) * step * unit
-        progress = i / steps
-        sharpness = 20 - 18 * progress  # from a regulariser of the undecided to one of all
-        regulariser = (1 - (2 * h - 1).abs().pow(sharpness)).sum() * (0.1 * (progress > 0.2))
-        optimizer.zero_grad()
-        ((slope * h).sum() + regulariser).backward()  # type: ignore[no-untyped-call]
+        with torch.enable_grad():
+            h = (v.sigmoid() * (1 + 2 * _STRETCH) - _STRETCH).clamp(0, 1)
+            progress = i / steps
+            sharpness = 20 - 18 * progress  # from a regulariser of the undecided to one of all
+            loss = (1 - (2 * h - 1).abs().pow(sharpness)).sum() * (0.1 * (progress > 0.2))
+            slope = -2 * ((rest - step * h.detach()) @ state.h) * step * unit
+            optimizer.zero_grad()
+            (loss + (slope * h).sum()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     moved = (v.detach() > 0).to(d.dtype)
     return replace(state, levels=torch.lerp(state.levels, neighbour, moved).round_())

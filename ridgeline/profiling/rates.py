@@ -115,7 +115,8 @@ class KernelRates:
 
     def linear(self, format: str, *, model_bytes: int) -> Mapping[int, LinearRate]:
         """By number of tokens, for matrices read among about `model_bytes` of others."""
-        among = 2 ** round(math.log2(min(max(model_bytes, SMALLEST_SET), LARGEST_SET)))
+        steps = 4 * math.log2(min(max(model_bytes, SMALLEST_SET), LARGEST_SET))
+        among = int(2 ** (round(steps) / 4))  # what a cache keeps of a set changes with its size
         values = self._rates(
             f"linear {format} among {among // 2**20} MiB",
             lambda: _measure_linear(self._limits, format, among),
