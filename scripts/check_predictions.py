@@ -59,11 +59,12 @@ def measure(model: Path) -> dict[str, Any]:
 
 def page(result: dict[str, Any]) -> str:
     """Markdown: medians over the rounds, and the error of the worst round."""
+    counts = sorted({len(rounds) for rounds in result["models"].values()})
     lines = [
         "# Predictions and measurements",
         "",
         f"Made by `{result['command']}` from docs/results/predictions.json; do not edit. "
-        f"{result['environment']['cpu']['model']}, {result['rounds']} rounds, medians; in brackets the "
+        f"{result['environment']['cpu']['model']}, {' or '.join(map(str, counts))} rounds, medians; in brackets the "
         "largest error of a round. Bars: "
         + ", ".join(f"{name} {bar:.0%}" for name, bar in BARS.items())
         + ".",
