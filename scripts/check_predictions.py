@@ -64,7 +64,8 @@ def page(result: dict[str, Any]) -> str:
         "# Predictions and measurements",
         "",
         f"Made by `{result['command']}` from docs/results/predictions.json; do not edit. "
-        f"{result['environment']['cpu']['model']}, {' or '.join(map(str, counts))} rounds, medians; in brackets the "
+        f"{result['environment']['cpu']['model']}, {' or '.join(map(str, counts))} rounds, medians; "
+        "in brackets the "
         "largest error of a round. Bars: "
         + ", ".join(f"{name} {bar:.0%}" for name, bar in BARS.items())
         + ".",
