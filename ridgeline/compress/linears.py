@@ -228,7 +228,9 @@ class LinearQuantizer:
     def _improved(self, values: torch.Tensor, hessian: torch.Tensor, groups: Groups, order: Any) -> Groups:
         recipe = self._recipe
         if recipe.refine_sweeps:
-            groups = refine(values, hessian, groups, sweeps=recipe.refine_sweeps, order=order)
+            groups = refine(
+                values, hessian, groups, sweeps=recipe.refine_sweeps, damp=recipe.damp, order=order
+            )
         if recipe.rounding_steps:
             with torch.enable_grad():
                 groups = learned_rounding(values, hessian, groups, steps=recipe.rounding_steps, order=order)

@@ -73,12 +73,13 @@ def float_rows(name: str, columns: int, *, seed: int = 1) -> Weight:
 
 
 def linear_program(format: str, *, rows: int, columns: int, count: int = 1) -> Program:
-    """`count` matrices, each with its own bytes once packed, on one input."""
+    """`count` matrices, each with its own bytes once packed; as in a model, all threads have just written the
+    input of each."""
     recorder = Recorder()
     x = recorder.embed(recorder.bind(float_rows("x", columns)), None)
     w = make_weight("w", rows, columns, format=format, rng=np.random.default_rng(1), std=0.02)
     for i in range(count):
-        y = recorder.linear(x, recorder.bind(replace(w, name=f"w{i}")))
+        y = recorder.linear(recorder.add(x, x), recorder.bind(replace(w, name=f"w{i}")))
     return recorder.program(y)
 
 
