@@ -31,9 +31,9 @@ import numpy as np
 
 import ridgeline
 from ridgeline.errors import RidgelineError
+from ridgeline.library import ISA_VARIABLE, usable_isas
 from ridgeline.models.decoder import record_decoder
 from ridgeline.models.load import load_model
-from ridgeline.ops.native import ISA_VARIABLE, usable_isas
 
 Engine = Literal["llama.cpp", "ridgeline"]
 Kind = Literal["prefill", "decode", "w3", "w4", "start", "memory"]

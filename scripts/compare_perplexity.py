@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 from ridgeline import LLM
-from ridgeline.ops.native import load_library
+from ridgeline.library import load_library
 from ridgeline.quality.perplexity import perplexity
 from ridgeline.quality.text import load_text, tokenize
 

@@ -19,17 +19,10 @@ from cyclopts import App, Parameter
 
 from ridgeline.cli.options import make_app, print_json
 from ridgeline.errors import ConfigError
+from ridgeline.library import ISA_VARIABLE, ISAS, library_files, load_library, usable_isas
 from ridgeline.ops.cases import all_cases
 from ridgeline.ops.fuse import RULES
-from ridgeline.ops.native import (
-    ATTENTION_IMPLS,
-    ISA_VARIABLE,
-    ISAS,
-    PAGE_DTYPES,
-    library_files,
-    load_library,
-    usable_isas,
-)
+from ridgeline.ops.native import ATTENTION_IMPLS, PAGE_DTYPES
 from ridgeline.ops.packing import GROUP_KERNELS, KERNELS, WEIGHT_FORMATS, format_number
 from ridgeline.ops.run_case import dump_case, run_case
 from ridgeline.ops.sketch import KernelCase

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 from ridgeline.cli.options import print_json
 from ridgeline.cli.terminal import say, show_bytes
-from ridgeline.ops.native import load_library
+from ridgeline.library import load_library
 from ridgeline.profiling.machine import (
     DEVICES,
     MachineLimits,

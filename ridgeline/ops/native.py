@@ -1,33 +1,26 @@
 """Runs a Program in C++ through ctypes, with one call per step: no torch, no per-op dispatch.
 
-The libraries are built from csrc/, one per instruction set; the best one that this processor supports is
-loaded. Weights are packed once (`ops.packing`). ctypes releases the GIL during the step.
+Weights are packed once (`ops.packing`). ctypes releases the GIL during the step.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
+from ridgeline.library import load_library
 from ridgeline.ops.batch import ForwardBatch
 from ridgeline.ops.packing import PackedWeight, Packer, aligned_bytes
 from ridgeline.ops.program import Instruction, Opcode, Program
 from ridgeline.quant.weight import ActivationQuant
 
-ISAS = ("avx512", "avx2", "generic")
-"""Best first."""
-ISA_VARIABLE = "RIDGELINE_ISA"
-"""Environment variable that overrides the choice, for tests and comparisons."""
 PAGE_DTYPES = {"float32": 0, "float16": 1, "int8": 2}
 ATTENTION_IMPLS = {"flash": 0, "naive": 1}
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
@@ -114,79 +107,6 @@ EVENT = np.dtype(
 """One range of a thread (`rl_event`), in ns of time.perf_counter_ns; instruction -1: between steps."""
 EVENT_OP, EVENT_BUSY, EVENT_WAIT = 0, 1, 2
 """A whole instruction as thread 0 sees it; another thread at work; thread 0 waiting for the others."""
-
-
-def _folders() -> list[Path]:
-    """Where libraries may be: an editable install keeps them apart from the sources."""
-    package = importlib.util.find_spec("ridgeline")
-    assert package is not None and package.submodule_search_locations is not None
-    return [Path(root) / "lib" for root in package.submodule_search_locations]
-
-
-def library_files() -> Iterator[tuple[str, Path]]:
-    """Every instruction set that is built, best first, with its library."""
-    for isa in ISAS:
-        for folder in _folders():
-            path = folder / f"libridgeline_{isa}.so"
-            if path.is_file():
-                yield isa, path
-
-
-_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
-    "rl_create": (
-        ctypes.c_void_p,
-        [ctypes.c_void_p, ctypes.c_int32] * 4 + [ctypes.c_void_p, ctypes.c_int32],
-    ),
-    "rl_destroy": (None, [ctypes.c_void_p]),
-    "rl_set_buffers": (None, [ctypes.c_void_p] * 2),
-    "rl_step": (None, [ctypes.c_void_p] * 2),
-    "rl_timeline_start": (None, [ctypes.c_void_p, ctypes.c_int64]),
-    "rl_timeline_take": (ctypes.c_int64, [ctypes.c_void_p] * 2),
-    "rl_scratch_bytes": (ctypes.c_int64, [ctypes.c_void_p]),
-    "rl_greedy": (None, [ctypes.c_void_p] * 2 + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 3),
-    "rl_top_k": (ctypes.c_int32, [ctypes.c_void_p] + [ctypes.c_int32] * 2 + [ctypes.c_void_p] * 2),
-    "rl_packed_bytes": (ctypes.c_int64, [ctypes.c_int32] * 3),
-    "rl_pack": (None, [ctypes.c_int32] * 3 + [ctypes.c_void_p] + [ctypes.c_int32] * 4 + [ctypes.c_void_p]),
-    "rl_limit_read": (None, [ctypes.c_int32, ctypes.c_int64] + [ctypes.c_int32] * 2 + [ctypes.c_void_p]),
-    "rl_limit_compute": (
-        ctypes.c_int64,
-        [ctypes.c_int32] * 2 + [ctypes.c_int64, ctypes.c_int32, ctypes.c_void_p],
-    ),
-    "rl_limit_barrier": (None, [ctypes.c_int32] * 3 + [ctypes.c_void_p]),
-    "rl_cpu_supports": (ctypes.c_int32, [ctypes.c_char_p]),
-}
-
-
-def usable_isas() -> tuple[str, ...]:
-    """Instruction sets that are built and that this processor has, best first.
-
-    Raises ConfigError if there is none, saying what was looked for and how to build it.
-    """
-    found = dict(library_files())
-    if "generic" not in found:
-        raise ConfigError(
-            "executor 'native' needs the compiled library libridgeline_generic.so, which is not in "
-            f"{', '.join(map(str, _folders()))}; install a C++ compiler and run "
-            "`pip install .` again, or use executor='eager' with the torch extra"
-        )
-    supports = ctypes.CDLL(str(found["generic"])).rl_cpu_supports
-    return tuple(name for name in ISAS if name in found and supports(name.encode()))
-
-
-def load_library(isa: str | None = None) -> tuple[str, ctypes.CDLL]:
-    """The best library that this processor runs, or the one for `isa`, with its name.
-
-    None: what the environment variable RIDGELINE_ISA says, else the best. Raises ConfigError.
-    """
-    usable = usable_isas()
-    isa = isa or os.environ.get(ISA_VARIABLE) or usable[0]
-    if isa not in usable:
-        raise ConfigError(f"instruction set {isa!r} is not available here; available: {', '.join(usable)}")
-    library = ctypes.CDLL(str(dict(library_files())[isa]))
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
-    return isa, library
 
 
 def _numbers(instruction: Instruction, attention: str) -> tuple[list[int], list[float]]:

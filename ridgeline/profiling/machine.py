@@ -26,7 +26,7 @@ import numpy as np
 
 from ridgeline.checkpoint.checkpoint import cache_directory
 from ridgeline.errors import ConfigError
-from ridgeline.ops.native import library_files, load_library
+from ridgeline.library import library_files, load_library
 
 SCHEMA = "ridgeline.machine/1"
 MAX_AGE_DAYS = 30

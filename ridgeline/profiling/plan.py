@@ -22,10 +22,10 @@ from ridgeline.engine.executors.native import stored_weights
 from ridgeline.engine.memory import plan_cache
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
+from ridgeline.library import load_library
 from ridgeline.models.decoder import record_decoder
 from ridgeline.models.load import LoadedModel
 from ridgeline.ops.fuse import fuse, rules_named
-from ridgeline.ops.native import load_library
 from ridgeline.ops.packing import Packer, input_bits, kernel_name
 from ridgeline.ops.program import Opcode, Program
 from ridgeline.profiling.machine import MachineLimits

@@ -8,7 +8,6 @@ import pytest
 
 from ridgeline.checkpoint.gguf import read_gguf
 from ridgeline.checkpoint.safetensors import HFCheckpoint
-from ridgeline.errors import ModelNotFoundError
 from ridgeline.models.load import load_model
 from ridgeline.models.locate import locate_model
 from ridgeline.models.save import save_model
@@ -30,10 +29,7 @@ MESSAGES = [{"role": "user", "content": "What is 17 + 4?"}, {"role": "assistant"
 def source(request, tmp_path):
     if request.param == "synthetic":
         return read_gguf(synthesize("tiny-llama", "F32", path=tmp_path / "m.gguf"))
-    try:
-        return read_gguf(locate_model(request.param))
-    except ModelNotFoundError:
-        pytest.skip(f"{request.param} is not installed")
+    return read_gguf(locate_model(request.param))
 
 
 def test_from_gguf(source, tmp_path):

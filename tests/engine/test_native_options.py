@@ -8,10 +8,10 @@ import pytest
 from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.errors import ConfigError
+from ridgeline.library import ISAS, usable_isas
 from ridgeline.models.load import load_model
 from ridgeline.models.synth import synthesize
 from ridgeline.ops.batch import ForwardBatch
-from ridgeline.ops.native import ISAS, usable_isas
 from ridgeline.quant.formats import FORMATS
 from tests.tiny import tiny_model
 

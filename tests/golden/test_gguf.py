@@ -10,9 +10,9 @@ import pytest
 
 from ridgeline.checkpoint.gguf import read_gguf
 from ridgeline.compress.gguf import quantize_to_mix, read_importance, write_importance
+from ridgeline.library import usable_isas
 from ridgeline.models.load import load_model
 from ridgeline.models.save_gguf import save_gguf
-from ridgeline.ops.native import usable_isas
 from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.gguf_blocks import quantize
 from ridgeline.quant.gguf_native import encode_rows

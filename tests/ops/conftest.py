@@ -1,6 +1,6 @@
 import pytest
 
-from ridgeline.ops.native import ISAS, load_library
+from ridgeline.library import ISAS, load_library
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from ridgeline.kvcache.layout import CacheLayout
+from ridgeline.library import ISAS
 from ridgeline.ops.batch import ForwardBatch
-from ridgeline.ops.native import ISAS, NativeProgram
+from ridgeline.ops.native import NativeProgram
 from ridgeline.ops.recorder import Recorder
 from ridgeline.ops.torch_ops import TorchBatch, TorchOps
 from ridgeline.quant.formats import FORMATS

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ridgeline.library import ISAS
 from ridgeline.ops.cases import all_cases
-from ridgeline.ops.native import ISAS
 from ridgeline.ops.packing import GROUP_KERNELS, WEIGHT_FORMATS
 from ridgeline.ops.run_case import dump_case, run_case
 from ridgeline.ops.sketch import KernelCase, Sketch, Texts

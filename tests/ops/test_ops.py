@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from ridgeline.kvcache.layout import CacheLayout
+from ridgeline.library import ISAS
 from ridgeline.ops.batch import ForwardBatch
-from ridgeline.ops.native import ISAS, NativeProgram
+from ridgeline.ops.native import NativeProgram
 from ridgeline.ops.packing import WEIGHT_FORMATS
 from ridgeline.ops.program import Opcode
 from ridgeline.ops.recorder import Recorder

@@ -10,7 +10,8 @@ import pytest
 from ridgeline.engine.sampler import sample_plan
 from ridgeline.engine.scheduler import PlanRow, SamplingRow
 from ridgeline.kvcache.layout import CacheLayout
-from ridgeline.ops.native import ISAS, NativeProgram
+from ridgeline.library import ISAS
+from ridgeline.ops.native import NativeProgram
 from ridgeline.ops.recorder import Recorder
 from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.weight import Weight

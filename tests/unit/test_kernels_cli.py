@@ -8,7 +8,7 @@ import pytest
 
 from ridgeline.cli import kernels as module
 from ridgeline.cli.main import main
-from ridgeline.ops.native import ISAS
+from ridgeline.library import ISAS
 from ridgeline.ops.packing import GROUP_KERNELS, WEIGHT_FORMATS
 from ridgeline.ops.run_case import CaseResult
 

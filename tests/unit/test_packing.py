@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 
-from ridgeline.ops.native import load_library
+from ridgeline.library import load_library
 from ridgeline.ops.packing import Packer, cache_name
 from ridgeline.quant.formats import FORMATS
 from ridgeline.quant.gguf_blocks import quantize

@@ -21,9 +21,9 @@ from ridgeline.engine.sampler import sample_plan
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
+from ridgeline.library import load_library
 from ridgeline.models.load import LoadedModel
 from ridgeline.ops.batch import ForwardBatch
-from ridgeline.ops.native import load_library
 from ridgeline.request import Sampled
 
 FACTORIES: dict[Executor, str] = {
