@@ -24,7 +24,7 @@ from typing import Any
 
 from ridgeline.bench.drive import drive
 from ridgeline.bench.environment import environment
-from ridgeline.bench.simulate import RequestTimes, StepRow, StepTime, simulate, step_row
+from ridgeline.bench.simulate import RequestTimes, StepRow, StepTime, shared_keys, simulate, step_row
 from ridgeline.bench.throughput import samples_of
 from ridgeline.bench.workload import NAMED, Gamma, Workload
 from ridgeline.config import EngineConfig
@@ -47,7 +47,7 @@ class Measured:
     tpot_s: list[float] = field(default_factory=list)
     output_tok_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
-    steps: list[tuple[list[StepRow], int]] = field(default_factory=list)
+    steps: list[tuple[list[StepRow], int, int]] = field(default_factory=list)
     """What the predictor is asked for each of step_s."""
 
     def add(self, times: Sequence[RequestTimes]) -> None:
@@ -71,7 +71,11 @@ def run_engine(llm: LLMEngine, workload: Workload, seed: int, into: Measured) ->
     step = llm.step
 
     def recorded(plan: StepPlan) -> Any:
-        into.steps.append(([step_row(r) for r in plan.rows], sum(r.num_logits for r in plan.rows)))
+        num_logits, num_shared = (
+            sum(r.num_logits for r in plan.rows),
+            shared_keys(plan, llm.layout.block_size),
+        )
+        into.steps.append(([step_row(r) for r in plan.rows], num_logits, num_shared))
         return submit(plan)
 
     def timed() -> Any:
@@ -108,7 +112,10 @@ def fresh_predictor(llm: LLMEngine, num_threads: int) -> Predictor:
         try:
             limits = machine_limits(num_threads=num_threads)
             predictor = Predictor.for_model(llm.model, llm.config, limits, KernelRates(limits))
-            predictor.step_s([(1, 1), (16, 16)], 2)  # asks for every rate
+            for length in range(32, llm.config.max_model_len or 1024, 32):  # asks for every rate
+                rows = [(16, 16), *[(1, length)] * (llm.config.scheduler.max_num_seqs - 1)]
+                for num_shared in (0, length):
+                    predictor.step_s(rows, 2, num_shared)
         finally:
             os.environ.pop("XDG_CACHE_HOME")
             if kept is not None:
@@ -119,7 +126,7 @@ def fresh_predictor(llm: LLMEngine, num_threads: int) -> Predictor:
 def compare(engine: Measured, simulated: Measured, step_s: StepTime) -> dict[str, Any]:
     """Figures of both, the errors of the simulation, and what its steps alone are off by."""
     ours, theirs = simulated.figures(), engine.figures()
-    predicted_s = [step_s(rows, num_logits) for rows, num_logits in engine.steps]
+    predicted_s = [step_s(*step) for step in engine.steps]
     errors = {name: ours[name] / theirs[name] - 1 for name in FIGURES}
     return {
         "engine": theirs | {"rounds_output_tok_s": engine.output_tok_s, "num_steps": len(engine.step_s)},
@@ -168,8 +175,8 @@ def main() -> None:
         for name in ("poisson", "w4"):
             run_engine(llm, workloads[name], seed, measured.setdefault(name, Measured()))
 
-    def step_s(rows: Sequence[StepRow], num_logits: int) -> float:
-        return statistics.fmean(p.step_s(rows, num_logits) for p in predictors)
+    def step_s(rows: Sequence[StepRow], num_logits: int, num_shared: int) -> float:
+        return statistics.fmean(p.step_s(rows, num_logits, num_shared) for p in predictors)
 
     results: dict[str, Mapping[str, Any]] = {}
     for name, workload in workloads.items():

@@ -24,8 +24,8 @@ from ridgeline.sampling_params import SamplingParams
 
 StepRow = tuple[int, int]
 """(tokens computed in the step, padding included; tokens in the cache after it) of one request."""
-StepTime = Callable[[Sequence[StepRow], int], float]
-"""(rows, number of logit rows) -> seconds."""
+StepTime = Callable[[Sequence[StepRow], int, int], float]
+"""(rows, number of logit rows, keys in blocks that several rows read) -> seconds."""
 
 _DUMMY = Sampled(token_id=0, logprob=0.0)
 
@@ -209,7 +209,8 @@ def simulate(
             continue
         plan = scheduler.schedule()
         rows = [step_row(row) for row in plan.rows]
-        duration = step_s(rows, sum(row.num_logits for row in plan.rows))
+        num_logits = sum(row.num_logits for row in plan.rows)
+        duration = step_s(rows, num_logits, shared_keys(plan, layout.block_size))
         steps.append(
             StepSample(
                 now,
@@ -248,6 +249,12 @@ def step_row(row: PlanRow) -> StepRow:
     """A plan's row as a predictor wants it; padding is computed too, against the row's own keys."""
     num_new = len(row.token_ids) + row.num_padding
     return num_new, max(row.start + len(row.token_ids), num_new)
+
+
+def shared_keys(plan: StepPlan, block_size: int) -> int:
+    """Keys of all rows in blocks that an earlier row reads as well."""
+    blocks = [block for row in plan.rows for block in row.block_ids]
+    return (len(blocks) - len(set(blocks))) * block_size
 
 
 def timeline(simulation: Simulation, num_columns: int) -> dict[str, list[float]]:

@@ -104,6 +104,8 @@ class StepShape:
 
     sequences: tuple[tuple[int, int], ...]
     num_logits: int
+    num_shared_keys: int = 0
+    """of all sequences, those in blocks that another one of them reads as well"""
 
     @classmethod
     def prefill(cls, num_tokens: int) -> StepShape:

@@ -4,7 +4,7 @@ A limit says what the machine could do; a prediction needs what the kernels reac
 is timed on a small grid of generic shapes and summed up in a few numbers: seconds of one call whatever its
 size, and seconds for each weight, pair or element. A model's time is then put together from its Program
 (`roofline`). None of these numbers comes from the model whose time is predicted, except that matrices are
-timed among as many bytes as the model has, since bandwidth depends on what the caches hold.
+timed among as many bytes as a step reads, since bandwidth depends on what the caches hold.
 
 Rates are kept beside the machine's limits and measured when they are first needed, a few seconds each.
 """
@@ -46,7 +46,7 @@ from ridgeline.quant.formats import FORMATS, format_named
 from ridgeline.quant.weight import Weight
 from ridgeline.sampling_params import SamplingParams
 
-SCHEMA = "ridgeline.rates/2"
+SCHEMA = "ridgeline.rates/3"
 COLUMNS = 1280
 BIG_ROWS, SMALL_ROWS = 1024, 64
 """Two matrices of COLUMNS columns: from their times, what a call costs and what a weight costs."""
@@ -57,14 +57,15 @@ CACHED_BYTES = 2**24
 SMALLEST_SET, LARGEST_SET = 2**24, 2**28
 ATTENTION_GRID = ((1, 1), (1, 4), (1, 16), (16, 1), (64, 1), (256, 1), (512, 1))
 """(new tokens, sequences)"""
+SHARING_SEQS = 16
 ATTENTION_CONTEXTS = (64, 1024)
 """Tokens in the cache before the new ones."""
 PROBE_KV_HEADS = 4
 """A head's tiles are apart from each other in the pages, as in nearly every model."""
 KV_BYTES = 3 * 2**25
 """At most so many of K and V in all layers of the attention probe."""
-EVICTING_BYTES = 2**26
-"""Read before a step, as a model's weights are: what the step before left in the caches is gone."""
+EVICTING_BYTES = LARGEST_SET
+"""Read before a step, as weights and other sequences' pages are: no cache keeps what the step before left."""
 PROBE_VOCAB = 32768
 
 
@@ -113,10 +114,8 @@ class KernelRates:
         self._progress = progress or (lambda line: None)
         self._known = {} if refresh else _read(self._path, limits.identity)
 
-    def linear(self, format: str, *, model_bytes: int) -> Mapping[int, LinearRate]:
-        """By number of tokens, for matrices read among about `model_bytes` of others."""
-        steps = 4 * math.log2(min(max(model_bytes, SMALLEST_SET), LARGEST_SET))
-        among = int(2 ** (round(steps) / 4))  # what a cache keeps of a set changes with its size
+    def linear(self, format: str, *, among: int) -> Mapping[int, LinearRate]:
+        """By number of tokens, for matrices read among as many bytes: see `set_of`."""
         values = self._rates(
             f"linear {format} among {among // 2**20} MiB",
             lambda: _measure_linear(self._limits, format, among),
@@ -133,6 +132,15 @@ class KernelRates:
         )
         return {at: AttentionRate(*pair) for at, pair in zip(ATTENTION_GRID, _pairs(values), strict=True)}
 
+    def shared_pair_s(self, *, head_dim: int, q_per_kv: int, dtype: KVCacheDType) -> float:
+        """As `AttentionRate.pair_s` where another sequence has just read the same pages."""
+        return self._rates(
+            f"attention {q_per_kv} heads of {head_dim}, {dtype} pages, shared",
+            lambda: _measure_attention(
+                self._limits, head_dim, q_per_kv, dtype, grid=((1, SHARING_SEQS),), shared=True
+            ),
+        )[1]
+
     def element_s(self, kind: str) -> float:
         """One element of a large norm or GLU, by all threads."""
         return self._rates(f"{kind} elements", lambda: [_measure_elements(self._limits, kind)])[0]
@@ -148,6 +156,14 @@ class KernelRates:
             kept = _read(self._path, self._limits.identity) | self._known
             _write(self._path, self._limits.identity, kept)
         return self._known[name]
+
+
+def set_of(num_bytes: int) -> int:
+    """The size of a set of bytes among which rates are measured, nearest to `num_bytes` that a step reads.
+
+    Quarters of a power of two: what a cache keeps of a set changes quickly with its size.
+    """
+    return int(2 ** (round(4 * math.log2(min(max(num_bytes, SMALLEST_SET), LARGEST_SET))) / 4))
 
 
 def scored_pairs(num_new: int, length: int, *, window: int | None = None, num_sinks: int = 0) -> int:
@@ -221,13 +237,22 @@ def _measure_linear(limits: MachineLimits, format: str, among: int) -> list[floa
 
 
 def _measure_attention(
-    limits: MachineLimits, head_dim: int, q_per_kv: int, dtype: KVCacheDType
+    limits: MachineLimits,
+    head_dim: int,
+    q_per_kv: int,
+    dtype: KVCacheDType,
+    *,
+    grid: Sequence[tuple[int, int]] = ATTENTION_GRID,
+    shared: bool = False,
 ) -> list[float]:
-    """Of one KV head among several, as in the middle of a step: blocks in no order, nothing in a cache."""
+    """Of one KV head among several, as in the middle of a step: blocks in no order, nothing in a cache.
+
+    shared: all sequences read the blocks of the first.
+    """
     values: list[float] = []
     others = np.ones(EVICTING_BYTES // 8)
     rng = np.random.default_rng(2)
-    for num_new, num_seqs in ATTENTION_GRID:
+    for num_new, num_seqs in grid:
         measured = []
         for context in ATTENTION_CONTEXTS:
             length = context + num_new
@@ -242,8 +267,10 @@ def _measure_attention(
                 num_new * num_seqs,
             )
             fill_pages(native, dtype)
-            tables = rng.permutation(num_seqs * blocks).reshape(num_seqs, blocks).tolist()
-            rows = [Row((0,) * num_new, context, tuple(table), 1) for table in tables]
+            tables = rng.permutation(num_seqs * blocks).reshape(num_seqs, blocks)
+            if shared:
+                tables[:] = tables[0]
+            rows = [Row((0,) * num_new, context, tuple(table), 1) for table in tables.tolist()]
             batch = ForwardBatch.from_rows(rows, block_size=BLOCK_SIZE)
             pairs = num_seqs * scored_pairs(num_new, length)
             seconds = op_seconds(native, batch, Opcode.ATTENTION, before_step=others.sum)

@@ -34,6 +34,7 @@ from ridgeline.profiling.rates import (
     KernelRates,
     LinearRate,
     scored_pairs,
+    set_of,
 )
 
 
@@ -68,7 +69,7 @@ class Predictor:
         self._kv_token_bytes = layout.num_bytes // (layout.num_layers * layout.num_slots)
         self._rates = rates
         self._model_bytes = program.weight_bytes()
-        self._linear_rates: dict[str, Mapping[int, LinearRate]] = {}
+        self._linear_rates: dict[tuple[str, int], Mapping[int, LinearRate]] = {}
         self._attention_rates: Mapping[tuple[int, int], AttentionRate] | None = None
         self._known: dict[tuple[int, ...], float] = {}
         self._kinds = Counter(kind_of(i, program) for i in program.instructions)
@@ -93,7 +94,9 @@ class Predictor:
         program = fuse(recorded, rules_named(resolved.fusion)) if resolved.executor == "native" else recorded
         return cls(program, plan_cache(resolved, model.config), limits, rates)
 
-    def step_s(self, sequences: Sequence[tuple[int, int]], num_logits: int) -> float:
+    def step_s(
+        self, sequences: Sequence[tuple[int, int]], num_logits: int, num_shared_keys: int = 0
+    ) -> float:
         """Seconds of one engine step; the bound where there are no rates.
 
         Steps of about the same shape are computed once, so that a long simulation is quick.
@@ -102,11 +105,11 @@ class Predictor:
         decodes = [length for new, length in sequences if new == 1]
         # Attention reads whole tiles, so sequences of as many tiles in all take as long.
         tiles = sum(-(-length // TILE_TOKENS) for length in decodes)
-        key = (num_logits, len(decodes), tiles, *(n for pair in prefills for n in pair))
+        key = (num_logits, num_shared_keys, len(decodes), tiles, *(n for pair in prefills for n in pair))
         if key not in self._known:
             each, more = divmod(tiles, max(len(decodes), 1))
             alike = [(1, TILE_TOKENS * (each + (i < more))) for i in range(len(decodes))]
-            self._known[key] = self._step_s(StepShape((*prefills, *alike), num_logits))
+            self._known[key] = self._step_s(StepShape((*prefills, *alike), num_logits, num_shared_keys))
         return self._known[key]
 
     def _step_s(self, shape: StepShape) -> float:
@@ -145,7 +148,7 @@ class Predictor:
                 instruction, shape, kv_token_bytes=self._kv_token_bytes
             )
             flops = self.program.instruction_flops(instruction, shape)
-            memory_s, compute_s = self._bound(instruction, num_bytes, flops)
+            memory_s, compute_s = self._bound(instruction, shape, num_bytes, flops)
             predicted = self._predict(instruction, shape, num_bytes) if self._rates is not None else None
             found.append(
                 OpEstimate(
@@ -160,11 +163,18 @@ class Predictor:
             )
         return found
 
-    def _bound(self, instruction: Instruction, num_bytes: int, flops: int) -> tuple[float, float]:
+    def _step_bytes(self, shape: StepShape) -> int:
+        """Weights, and the pages of the step's sequences."""
+        num_keys = max(sum(length for _, length in shape.sequences) - shape.num_shared_keys, 0)
+        return self._model_bytes + num_keys * self._layout.num_layers * self._kv_token_bytes
+
+    def _bound(
+        self, instruction: Instruction, shape: StepShape, num_bytes: int, flops: int
+    ) -> tuple[float, float]:
         """Seconds of memory and of arithmetic at the machine's limits."""
         is_large = bool(instruction.matrices) or instruction.opcode is Opcode.ATTENTION
         # Weights and pages come from where a whole step's bytes fit; activations stay in the nearest cache.
-        gb_s = self.limits.read_gb_s(self._model_bytes if is_large else num_bytes)
+        gb_s = self.limits.read_gb_s(self._step_bytes(shape) if is_large else num_bytes)
         peak = self.limits.fp32_gflop_s
         if instruction.matrices:
             peak = min(
@@ -197,12 +207,13 @@ class Predictor:
         if not rows:
             return 0.0  # the head of a chunk that is not the last
         total, call_s = 0.0, 0.0
+        among = set_of(self._step_bytes(shape))
         for w in instruction.matrices:
             weight = self.program.weights[w]
-            name = kernel_name(weight)
-            if name not in self._linear_rates:
-                self._linear_rates[name] = self._rates.linear(name, model_bytes=self._model_bytes)
-            call, per_weight = _at_tokens(self._linear_rates[name], rows)
+            kernel = kernel_name(weight), among
+            if kernel not in self._linear_rates:
+                self._linear_rates[kernel] = self._rates.linear(kernel[0], among=among)
+            call, per_weight = _at_tokens(self._linear_rates[kernel], rows)
             total += per_weight * weight.num_elements
             call_s = max(call_s, call)
         # What a call costs is quantizing its input, beyond the two times that threads are started.
@@ -225,6 +236,8 @@ class Predictor:
             self._attention_rates = self._rates.attention(
                 head_dim=layout.head_dim, q_per_kv=q_per_kv, dtype=layout.dtype
             )
+        num_keys = sum(length for _, length in shape.sequences)
+        share = min(shape.num_shared_keys / num_keys, 1.0) if num_keys else 0.0
         window, num_sinks = instruction.attribute("window"), instruction.attribute("num_sinks")
         assert (window is None or isinstance(window, int)) and isinstance(num_sinks, int)
         decodes = tuple(s for s in shape.sequences if s[0] == 1)
@@ -235,7 +248,13 @@ class Predictor:
             rate = _attention_at(self._attention_rates, num_new, num_seqs)
             pairs = sum(scored_pairs(*s, window=window, num_sinks=num_sinks) for s in sequences)
             fixed = min(self.limits.barrier_s, rate.call_s)
-            total += fixed + layout.num_kv_heads * (rate.call_s - fixed + pairs * rate.pair_s)
+            pair_s = rate.pair_s
+            if share and num_new == 1:
+                shared_s = self._rates.shared_pair_s(
+                    head_dim=layout.head_dim, q_per_kv=q_per_kv, dtype=layout.dtype
+                )
+                pair_s += share * (min(shared_s, pair_s) - pair_s)
+            total += fixed + layout.num_kv_heads * (rate.call_s - fixed + pairs * pair_s)
         return total
 
 

@@ -22,6 +22,7 @@ from ridgeline.profiling.rates import (
     EngineRate,
     LinearRate,
     scored_pairs,
+    set_of,
 )
 from ridgeline.profiling.roofline import Predictor
 
@@ -42,11 +43,14 @@ LIMITS = MachineLimits(
 class Rates:
     """A weight takes 1 ns and another for each 8 tokens; everything else has a price of its own."""
 
-    def linear(self, format, *, model_bytes):
+    def linear(self, format, *, among):
         return {t: LinearRate(t * 1e-6, (1 + t / 8) * 1e-9) for t in LINEAR_TOKENS}
 
     def attention(self, *, head_dim, q_per_kv, dtype):
         return {(new, seqs): AttentionRate(new * seqs * 1e-7, 1e-9) for new, seqs in ATTENTION_GRID}
+
+    def shared_pair_s(self, *, head_dim, q_per_kv, dtype):
+        return 0.25e-9
 
     def element_s(self, kind):
         return 0.0
@@ -114,6 +118,34 @@ def test_ragged_sequences_take_as_long_as_their_tiles(model_path, config):
     ragged = [(1, 40), (1, 300), (1, 65), (1, 96)]  # 2, 10, 3 and 3 tiles
     assert p.step_s(ragged, 4) == pytest.approx(p._step_s(StepShape(tuple(ragged), 4)), rel=1e-9)
     assert p.step_s(ragged, 4) < p.step_s([(1, 160)] * 4, 4)
+
+
+def test_pages_that_another_sequence_reads_cost_less(model_path, config):
+    p = predictor(model_path, config, Rates())
+    alone, shared = p.step_s([(1, 320)] * 4, 4), p.step_s([(1, 320)] * 4, 4, num_shared_keys=3 * 320)
+    pairs, heads, layers = 4 * 320, p._layout.num_kv_heads, p._layout.num_layers
+    assert alone - shared == pytest.approx(0.75 * (1 - 0.25) * 1e-9 * pairs * heads * layers, rel=1e-6)
+
+
+def test_matrices_are_among_all_bytes_of_a_step(model_path, config):
+    sets = []
+
+    class Asked(Rates):
+        def linear(self, format, *, among):
+            sets.append(among)
+            return super().linear(format, among=among)
+
+    p = predictor(model_path, config, Asked())
+    p._model_bytes = 2**25
+    p.step_s([(1, 32)], 1)
+    assert set(sets) == {2**25}
+    token_bytes = p._layout.num_layers * p._kv_token_bytes
+    length = 32 * (2**20 // token_bytes)  # of sixteen sequences: 2**29 bytes, more than the largest set
+    p.step_s([(1, length)] * 16, 16)
+    assert set(sets) == {2**25, 2**28}
+    p.step_s([(1, length)] * 16, 16, num_shared_keys=16 * length)
+    assert set(sets) == {2**25, 2**28}, "shared pages are read once"
+    assert [set_of(n) for n in (1, 2**27, int(1.15 * 2**27), 2**40)] == [2**24, 2**27, int(2**27.25), 2**28]
 
 
 def test_a_prompt_is_the_sum_of_its_chunks(model_path, config):

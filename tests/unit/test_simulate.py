@@ -22,7 +22,7 @@ from tests.tiny import tiny_config, tiny_model
 VOCAB_SIZE = 97
 
 
-def affine(rows, num_logits):
+def affine(rows, num_logits, num_shared=0):
     """A step that reads the weights once and computes every token."""
     return 0.010 + 0.001 * sum(num_new for num_new, _ in rows)
 
@@ -147,7 +147,7 @@ def test_plans_and_times_are_those_of_the_engine(monkeypatch, changed, workload,
         config,
         tiny_config("llama"),
         requests,
-        lambda rows, num_logits: next(replay),
+        lambda rows, num_logits, num_shared: next(replay),
         max_concurrency=cap,
         on_step=simulated.append,
     )
@@ -200,11 +200,24 @@ def test_a_turn_waits_for_the_answer_before_it():
     assert found.requests[1].num_cached_tokens == 64, "the answer is in the cache, the stand-in is not"
 
 
+def test_steps_say_how_many_keys_are_shared():
+    prefix = tuple(range(64))
+    requests = [WorkloadRequest((*prefix, 100), 3, 0.0), WorkloadRequest((*prefix, 200), 1, 1e-9)]
+    seen = []
+
+    def step_s(rows, num_logits, num_shared):
+        seen.append((len(rows), num_shared))
+        return 1.0
+
+    simulate(options(enable_prefix_caching=True), tiny_config("llama"), requests, step_s)
+    assert seen == [(1, 0), (2, 64), (1, 0)]
+
+
 def test_static_batching_pays_for_its_padding():
     requests = [WorkloadRequest(tuple(range(n)), 2) for n in (10, 40)]
     seen = []
 
-    def step_s(rows, num_logits):
+    def step_s(rows, num_logits, num_shared):
         seen.append((rows, num_logits))
         return 1.0
 
@@ -225,11 +238,13 @@ def test_metrics_are_those_of_the_requests():
 
 def test_timeline_weighs_by_time():
     requests = [WorkloadRequest((1,) * 32, 1, at) for at in (0.0, 0.5, 2.0)]
-    found = simulate(options(max_num_seqs=1), tiny_config("llama"), requests, lambda rows, num_logits: 1.0)
+    found = simulate(
+        options(max_num_seqs=1), tiny_config("llama"), requests, lambda rows, num_logits, num_shared: 1.0
+    )
     # Steps at 0, 1 and 2: each runs one request; the second waits only from the step after its arrival.
     assert timeline(found, 3)["running"] == pytest.approx([1.0, 1.0, 1.0])
     assert timeline(found, 2)["kv_cache"] == pytest.approx([1 / 20, 1 / 20])
-    late = simulate(options(), tiny_config("llama"), requests[::2], lambda rows, num_logits: 1.0)
+    late = simulate(options(), tiny_config("llama"), requests[::2], lambda rows, num_logits, num_shared: 1.0)
     assert timeline(late, 3)["running"] == pytest.approx([1.0, 0.0, 1.0]), "idle time counts"
     assert sum(timeline(late, 7)["running"]) == pytest.approx(2 * 7 / 3)
 
