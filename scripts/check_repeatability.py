@@ -22,7 +22,7 @@ from ridgeline.bench.environment import environment
 from ridgeline.bench.result import load_document
 
 OUT = Path(__file__).parents[1] / "docs/results/repeatability.json"
-OPTIONS = ("--input-len", "128", "--output-len", "33", "--num-iters", "60", "--max-time", "0")
+OPTIONS = ("--input-len", "128", "--output-len", "33", "--num-iters", "120", "--max-time", "0")
 """Both processes make the same number of iterations, so that they see the machine in the same minute."""
 ENOUGH = 0.95
 HALF_WIDTH = 0.05
