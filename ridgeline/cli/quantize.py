@@ -99,6 +99,8 @@ class RecipeChanges:
     """GPTQ: added to the Hessian's diagonal, as a share of its mean."""
     alpha: float | None = None
     """SmoothQuant: the exponent; searched if left out."""
+    smooth_keys: bool | None = None
+    """Fold scales into q and k that make all channels of the keys alike: for an int8 KV cache."""
     target_bpw: float | None = None
     """Mixed precision: bits per weight of all linears together, scales included."""
     max_kl: float | None = None

@@ -18,6 +18,7 @@ import torch
 
 from ridgeline.compress.gptq import gptq_stacked
 from ridgeline.compress.grids import Grid, output_error, rtn
+from ridgeline.compress.keys import smooth_keys
 from ridgeline.compress.passes import InputStats, float_values
 from ridgeline.compress.recipe import Recipe
 from ridgeline.compress.resume import WorkDirectory
@@ -124,8 +125,10 @@ class LinearQuantizer:
     ) -> dict[str, Weight]:
         if names == ("lm_head",):
             return {}
-        values = [float_values(weights[name]) for name in names]
         changed: dict[str, Weight] = {}
+        if self._recipe.smooth_keys and names[0].endswith(".q_proj"):
+            changed = smooth_keys(self.model.config, names[0].rpartition(".")[0], inputs, weights)
+        values = [float_values(changed.get(name) or weights[name]) for name in names]
         scaling = None
         if self._recipe.scaling != "none":
             producer = producer_of(self.model.config, names)

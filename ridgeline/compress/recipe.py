@@ -42,6 +42,8 @@ class Recipe:
     group_size: int | None = 64
     """None: one scale for each row"""
     symmetric: bool = False
+    per_tensor: bool = False
+    """one scale for a whole matrix (with group_size None)"""
     observer: Observer = "minmax"
     """how RTN and GPTQ find the range of a group"""
     scaling: ScalingMethod = "none"
@@ -49,6 +51,8 @@ class Recipe:
     """SmoothQuant's exponent; None: searched for each input"""
     clip: bool = False
     """AWQ's clip search on all but q and k: ranges shrink where that lowers the error of the outputs"""
+    smooth_keys: bool = False
+    """scales folded into q and k, after which an int8 KV cache holds every channel of the keys (`keys`)"""
     damp: float = 0.01
     act_order: Literal["none", "static", "full"] = "static"
     refine_sweeps: int = 0
@@ -73,6 +77,7 @@ class Recipe:
         return self.gguf_mix is None and (
             self.method == "gptq"
             or self.scaling != "none"
+            or self.smooth_keys
             or self.activation == "static"
             or bool(self.refine_sweeps or self.rounding_steps or self.tune_steps)
             or self.is_mixed
@@ -91,7 +96,8 @@ class Recipe:
         observer = self.observer
         if self.clip and not name.endswith((".q_proj", ".k_proj")):
             observer = "mse"
-        return Grid(bits, group_size, symmetric=self.symmetric or bits == 8, observer=observer)
+        symmetric = self.symmetric or bits == 8
+        return Grid(bits, group_size, symmetric=symmetric, observer=observer, per_tensor=self.per_tensor)
 
     @property
     def gptq_config(self) -> GptqConfig:
@@ -162,12 +168,19 @@ def _weight_only(bits: int, group_size: int) -> list[Recipe]:
     ]
 
 
+BEST: dict[str, Any] = {"scaling": "awq", "method": "gptq", "observer": "mse", "refine_sweeps": 2}
 INT8: dict[str, Any] = {"bits": 8, "group_size": None, "symmetric": True}
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(name="int8", summary="8-bit weights, a scale for each row", **INT8),
+        Recipe(
+            name="int8-tensor",
+            summary="8-bit weights, one scale for a whole matrix",
+            per_tensor=True,
+            **INT8,
+        ),
         Recipe(
             name="int8-g96",
             summary="8-bit weights, a scale for 96 columns",
@@ -199,11 +212,24 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             name="best-int4",
             summary="4-bit weights by everything that helps, at most 4.6 bits a weight",
-            scaling="awq",
-            method="gptq",
-            observer="mse",
-            refine_sweeps=2,
             target_bpw=4.6,
+            **BEST,
+        ),
+        Recipe(
+            name="best-int4-head4",
+            summary="the same with 4 bits for embedding and head, at most 4.6 bits over the whole model",
+            head_format="int4-g64",
+            target_bpw=4.6,
+            **BEST,
+        ),
+        *(
+            Recipe(
+                name=f"best-{bpw}bpw",
+                summary=f"the same with at most {bpw} bits a weight",
+                target_bpw=float(bpw),
+                **BEST,
+            )
+            for bpw in ("5.0", "5.5", "6.0")
         ),
         *(
             Recipe(name=mix, summary=f"GGUF, by the rules of llama-quantize for {mix}", gguf_mix=mix)
