@@ -278,7 +278,9 @@ def table(result: Result, section: Section, num_windows: int | None = None) -> I
         cells.append(spread([100 * share for share in f.top1], ".1f"))
         # bitsandbytes has nothing to calibrate; its seconds are those of the logits.
         cells += (
-            ["–"] * 2 if candidate.tool == "bitsandbytes" else [f"{f.seconds:.1f}", f"{f.cpu_seconds:.1f}"]
+            ["–"] * 2
+            if candidate.tool == "bitsandbytes"
+            else [f"{f.seconds:.1f}", "–" if f.cpu_seconds is None else f"{f.cpu_seconds:.1f}"]
         )
         yield f"| {' | '.join(cells)} |"
 
