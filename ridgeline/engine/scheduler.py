@@ -91,8 +91,10 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: tuple[int, ...],
         kv_cache: bool = True,
+        max_in_flight: int = 1,
     ) -> None:
-        """`config` is resolved: its None fields are decided."""
+        """`config` is resolved: its None fields are decided. `max_in_flight`: plans whose results are not
+        known yet, one for each stage of a pipeline; a request is in one of them at a time."""
         assert config.max_num_batched_tokens is not None and config.enable_chunked_prefill is not None
         assert kv_cache or not manager.pool.enable_prefix_caching
         self.manager = manager
@@ -119,6 +121,9 @@ class Scheduler:
         self._admitted: dict[str, int] = {}
         """Step in which a running request was admitted: rows of earlier plans are not its own."""
         self._finished: list[str] = []
+        self._max_in_flight = max_in_flight
+        self._in_flight: dict[str, int] = {}
+        """Request id -> step of the plan that computes it; empty unless several plans may be in flight."""
         self._num_steps = 0
         self._num_added = 0
         self.num_preemptions = 0
@@ -181,11 +186,26 @@ class Scheduler:
         if request is not None:
             self._end(request, reason, stop_reason)
 
+    def fail_running(self) -> list[Request]:
+        """End every running request with an error, and forget what the cache holds: the executor lost it.
+
+        Waiting requests stay, and plans that are in flight may be forgotten -> the ended requests.
+        """
+        ended = list(self._running)
+        for request in ended:
+            self._end(request, FinishReason.ERROR, None)
+        self._batch = []
+        self._in_flight.clear()
+        self.manager.pool.forget_content()
+        return ended
+
     def schedule(self) -> StepPlan:
-        """Decide the next step. It has no rows only when there is nothing to do."""
+        """Decide the next step. It has no rows only when there is nothing to do, or all is in flight."""
         preempted: list[str] = []
         rows = self._schedule_static() if self._static else self._schedule_continuous(preempted)
-        assert rows or not self._requests, "requests are left, but none can run"
+        assert rows or self._in_flight or not self._requests, "requests are left, but none can run"
+        if self._max_in_flight > 1:
+            self._in_flight.update((row.request_id, self._num_steps) for row in rows if row.token_ids)
         self._num_steps += 1
         finished, self._finished = tuple(self._finished), []
         return StepPlan(self._num_steps - 1, tuple(rows), tuple(preempted), finished)
@@ -197,6 +217,8 @@ class Scheduler:
         """
         changed: list[Request] = []
         for row in plan.rows:
+            if self._in_flight.get(row.request_id) == plan.step:
+                del self._in_flight[row.request_id]
             request = self._requests.get(row.request_id)
             if request is None or plan.step < self._admitted.get(row.request_id, plan.step + 1):
                 continue
@@ -256,16 +278,24 @@ class Scheduler:
 
     def _schedule_continuous(self, preempted: list[str]) -> list[PlanRow]:
         planned: dict[str, int] = {}  # request id -> tokens of this step, in plan order
-        budget = self._budget
-        wants = [(r, r.num_tokens - r.num_computed_tokens) for r in self._running]
+        budget, seats = self._budget, self._seats()
+        wants = [
+            (r, r.num_tokens - r.num_computed_tokens)
+            for r in self._running
+            if r.request_id not in self._in_flight
+        ]
         for request, wanted in sorted(wants, key=lambda pair: pair[1] > 1):  # decode rows first; stable
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted a moment ago
+            if len(planned) >= seats:
+                break
             num_new = self._grant(wanted, budget)
             if num_new == 0:
                 continue
             while not self.manager.allocate(request, request.num_computed_tokens + num_new):
-                victim = self._running[-1]
+                victim = next(r for r in reversed(self._running) if r.request_id not in self._in_flight)
+                if victim is request and self._in_flight:
+                    break  # what is in flight may give blocks back
                 budget += planned.pop(victim.request_id, 0)
                 self._preempt(victim)
                 preempted.append(victim.request_id)
@@ -275,8 +305,15 @@ class Scheduler:
                 planned[request.request_id] = num_new
                 budget -= num_new
         if not preempted:
-            self._admit(planned, budget)
+            self._admit(planned, budget, seats)
         return [self._row(self._requests[i], n) for i, n in planned.items()]
+
+    def _seats(self) -> int:
+        """Requests of one plan: those that can run are dealt out evenly to the plans in flight."""
+        if self._max_in_flight == 1:
+            return self._max_num_seqs
+        num_runnable = min(len(self._running) + len(self._waiting), self._max_num_seqs)
+        return -(-num_runnable // self._max_in_flight)
 
     def _grant(self, wanted: int, budget: int) -> int:
         """Tokens that a request may compute now: what it wants, as far as the budget and chunking allow."""
@@ -294,10 +331,10 @@ class Scheduler:
         self.num_preemptions += 1
         self._enqueue(request)
 
-    def _admit(self, planned: dict[str, int], budget: int) -> None:
+    def _admit(self, planned: dict[str, int], budget: int, seats: int) -> None:
         """Let waiting requests run, in order, while there are seats, budget and blocks."""
         for request in list(self._waiting):
-            if budget <= 0 or len(self._running) >= self._max_num_seqs:
+            if budget <= 0 or len(self._running) >= self._max_num_seqs or len(planned) >= seats:
                 return
             matched = self.manager.match_prefix(request)
             if self._is_being_computed(request, len(matched)):
@@ -362,6 +399,8 @@ class Scheduler:
         )
 
     def _schedule_static(self) -> list[PlanRow]:
+        if self._in_flight:
+            return []
         if not any(r.status is RequestStatus.RUNNING for r in self._batch):
             self._batch = self._form_batch()
         running = [r for r in self._batch if r.status is RequestStatus.RUNNING]
@@ -455,4 +494,5 @@ class Scheduler:
         del self._order[request.request_id]
         self._num_scored.pop(request.request_id, None)
         self._admitted.pop(request.request_id, None)
+        self._in_flight.pop(request.request_id, None)
         self._finished.append(request.request_id)

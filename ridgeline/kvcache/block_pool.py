@@ -156,6 +156,11 @@ class BlockPool:
                 if block.content is None:
                     self._free.move_to_end(block_id, last=False)
 
+    def forget_content(self) -> None:
+        """Nothing is published any more: the memory behind the blocks is gone."""
+        for block_id in list(self._published.values()):
+            self._unpublish(self._blocks[block_id])
+
     def _unpublish(self, block: Block) -> None:
         assert block.content is not None
         del self._published[block.content.hash]

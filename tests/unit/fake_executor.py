@@ -8,6 +8,7 @@ unearned prefix hit, a block evicted too early or a token computed twice changes
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import replace
 
 from ridgeline.config import SchedulerConfig
@@ -95,6 +96,7 @@ class Engine:
         window=None,
         num_sinks=0,
         hash_function=chain_hash,
+        max_in_flight=1,
     ):
         chunked = (kv_cache and batching != "static") if chunked is None else chunked
         prefix = (kv_cache and batching == "continuous") if prefix is None else prefix
@@ -109,8 +111,18 @@ class Engine:
         )
         self.manager = BlockManager(self.pool, window=window, num_sinks=num_sinks)
         self.scheduler = Scheduler(
-            self.config, self.manager, max_model_len=max_model_len, eos_token_ids=(EOS,), kv_cache=kv_cache
+            self.config,
+            self.manager,
+            max_model_len=max_model_len,
+            eos_token_ids=(EOS,),
+            kv_cache=kv_cache,
+            max_in_flight=max_in_flight,
         )
+        self.max_in_flight = max_in_flight
+        self.restarted = False
+        """Whether a request has begun under the name of one that was aborted in flight."""
+        self.in_flight = deque()
+        self.most_in_flight = 0
         self.view = {"window": window, "num_sinks": num_sinks}
         self.static = batching == "static"
         self.block_size = block_size
@@ -141,15 +153,23 @@ class Engine:
         return request
 
     def step(self, meanwhile=None):
-        """One step -> its plan. `meanwhile` runs while the step is in flight."""
-        running = self.scheduler.snapshot().running
-        plan = self.scheduler.schedule()
-        if plan.preempted:
-            assert {r.request_id for r in plan.rows} <= set(running), "one goes and another comes in one step"
-        self.check_plan(plan)
-        sampled = self.execute(plan)
-        self.scheduler.check_invariants()
-        before = dict(self.live)
+        """One step -> the plan whose results were taken. `meanwhile` runs while it is in flight."""
+        while len(self.in_flight) < self.max_in_flight:
+            running = self.scheduler.snapshot().running
+            plan = self.scheduler.schedule()
+            if plan.preempted:
+                rows = {r.request_id for r in plan.rows}
+                assert rows <= set(running), "one goes and another comes in one step"
+            if self.in_flight and not plan.rows:
+                break
+            self.check_plan(plan)
+            others = {r.request_id for other, _, before in self.in_flight for r in other.rows}
+            live = {i for i in others if self.live.get(i) is not None}
+            assert not {r.request_id for r in plan.rows} & live or self.restarted, "computed twice at once"
+            self.in_flight.append((plan, self.execute(plan), dict(self.live)))
+            self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+            self.scheduler.check_invariants()
+        plan, sampled, before = self.in_flight.popleft()
         if meanwhile is not None:
             meanwhile()
         for request in self.scheduler.update(plan, sampled):
@@ -165,7 +185,7 @@ class Engine:
     def drain(self, limit=3000):
         """Step until nothing is left -> the plans. Fails if that takes longer than it ever should."""
         plans = []
-        while self.scheduler.has_unfinished:
+        while self.scheduler.has_unfinished or self.in_flight:
             plans.append(self.step())
             assert len(plans) < limit, "requests starve"
         assert not self.live and self.pool.num_free == self.pool.num_blocks

@@ -46,6 +46,17 @@ MODES = {
     "contiguous": {"block_size": 64, "num_blocks": 3, "max_num_seqs": 3, "prefix": False},
     "many": {"num_blocks": 40, "max_num_seqs": 12},
     "blocks of 1": {"block_size": 1, "num_blocks": 50},
+    "two in flight": {"max_in_flight": 2, "num_blocks": 24, "max_num_seqs": 8},
+    "three in flight, chunks of 5": {"max_in_flight": 3, "budget": 5, "max_num_seqs": 5},
+    "two in flight, tiny pool": {"max_in_flight": 2, "num_blocks": 4},
+    "two in flight, window": {"max_in_flight": 2, "window": 6, "num_blocks": 12, "budget": 5},
+    "two in flight, static": {"max_in_flight": 2, "batching": "static", "budget": 60, "max_model_len": 40},
+    "two in flight, no kv cache": {
+        "max_in_flight": 2,
+        "kv_cache": False,
+        "budget": 60,
+        "max_model_len": 40,
+    },
 }
 
 
@@ -107,11 +118,14 @@ def replace_one(engine, rng):
         request_id = rng.choice(sorted(engine.live))
         engine.abort(request_id)
         if rng.random() < 0.7:
+            engine.restarted = True
             engine.add(prompt_of(engine, rng), params_of(rng), request_id=request_id)
 
 
 def skip_a_plan(engine, rng):
     """A step whose every request is gone, and one of them back, before its results arrive."""
+    if engine.max_in_flight > 1:
+        return engine.step()
     plan = engine.scheduler.schedule()
     engine.check_plan(plan)
     sampled = engine.execute(plan)
@@ -200,8 +214,40 @@ def test_random_steps(mode):
         assert seen["preempted"] > 0
     if mode in ("continuous", "many", "window"):
         assert engine.pool.stats.num_hit_tokens > 100
+    if mode == "two in flight":
+        assert engine.most_in_flight == 2 and seen["preempted"] > 0
     if "no prefix cache" in mode:
         assert engine.pool.stats.num_hit_tokens == 0
+
+
+@pytest.mark.parametrize("mode", ["continuous", "two in flight", "static", "window"])
+def test_what_ran_on_a_lost_executor_ends_and_the_rest_goes_on(mode):
+    engine, rng = Engine(**MODES[mode]), random.Random(1)
+    num_failed = 0
+    for _ in range(40):
+        for _ in range(6):
+            engine.add(prompt_of(engine, rng), params_of(rng), seed=rng.randrange(3))
+        for _ in range(rng.randrange(1, 6)):
+            engine.step()
+        engine.slots.clear()  # the pages are gone: whoever reads one fails with a KeyError
+        engine.in_flight.clear()
+        for request in engine.scheduler.fail_running():
+            assert engine.live.pop(request.request_id) is request
+            assert request.finish_reason is FinishReason.ERROR
+            num_failed += 1
+        engine.scheduler.check_invariants()
+        assert engine.scheduler.num_running == 0 and engine.pool.num_free == engine.pool.num_blocks
+    engine.drain()
+    assert num_failed > 20 and len(engine.done) > 20
+
+
+def test_requests_are_dealt_out_to_the_plans_in_flight():
+    engine = Engine(max_in_flight=2, max_num_seqs=8, num_blocks=64, budget=64)
+    for i in range(8):
+        engine.add(text(4, seed=i), SamplingParams(max_tokens=20, ignore_eos=True))
+    plans = [engine.step() for _ in range(12)]
+    assert {len(plan.rows) for plan in plans} == {4}
+    engine.drain()
 
 
 def test_ten_thousand_bare_steps_take_seconds():
