@@ -53,6 +53,8 @@ struct rl_program {
     ThreadPool pool;
     std::vector<Workspace> workspaces;
     const rl_batch *batch = nullptr;
+    rl_collectives collectives = {};
+    int32_t status = RL_OK;  // of the last collective
 
     Scratch<act_block> blocks;  // the input of a linear: in integers, and where it is normed, reordered or rounded
     Scratch<wide_act_block> wide_blocks;
@@ -80,12 +82,18 @@ struct rl_program {
         });
     }
 
-    void embed(const rl_instruction &in) {  // weights: table; floats: factor
+    // weights: table; ints: first_row; floats: factor. Zeros for a token whose row is in the table of another rank.
+    void embed(const rl_instruction &in) {
         const rl_weight &table = weights[in.weights[0]];
         for_rows(batch->num_tokens, table.columns, [&](int64_t t) {
             float *out = row(in.outputs[0], t);
+            const int32_t table_row = batch->token_ids[t] - in.ints[0];
+            if (table_row < 0 || table_row >= table.rows) {
+                std::fill_n(out, table.columns, 0.0f);
+                return;
+            }
             with_format(table.format, [&](auto p) {
-                unpack_row<decltype(p)>((const uint8_t *)table.address, table.order, batch->token_ids[t], table.columns, out);
+                unpack_row<decltype(p)>((const uint8_t *)table.address, table.order, table_row, table.columns, out);
             });
             if (in.floats[0] != 1.0f)
                 for (int64_t i = 0; i < table.columns; i++) out[i] *= in.floats[0];
@@ -351,6 +359,31 @@ struct rl_program {
             std::memcpy(row(in.outputs[0], r), row(in.inputs[0], batch->logit_rows[r]), 4 * buffers[in.outputs[0]].columns);
     }
 
+    int64_t floats_of(int buffer) const { return rows_of(buffer) * buffers[buffer].columns; }
+
+    void all_reduce(const rl_instruction &in) {  // inputs: x, residual or -1
+        const float *residual = in.inputs[1] < 0 ? nullptr : buffers[in.inputs[1]].address;
+        if (const int64_t count = floats_of(in.outputs[0]))
+            status = collectives.all_reduce(collectives.context, buffers[in.inputs[0]].address, residual,
+                                            buffers[in.outputs[0]].address, count);
+    }
+
+    void all_gather(const rl_instruction &in) {  // inputs: x
+        const rl_buffer &x = buffers[in.inputs[0]], &out = buffers[in.outputs[0]];
+        if (const int64_t rows = rows_of(in.outputs[0]))
+            status = collectives.all_gather(collectives.context, x.address, rows, x.columns, out.address, out.columns);
+    }
+
+    void send(const rl_instruction &in) {  // inputs: x
+        if (const int64_t count = floats_of(in.inputs[0]))
+            status = collectives.send(collectives.context, buffers[in.inputs[0]].address, count);
+    }
+
+    void receive(const rl_instruction &in) {
+        if (const int64_t count = floats_of(in.outputs[0]))
+            status = collectives.receive(collectives.context, buffers[in.outputs[0]].address, count);
+    }
+
     void run(const rl_instruction &in) {
         switch (in.opcode) {
             case RL_EMBED: return embed(in);
@@ -364,23 +397,29 @@ struct rl_program {
             case RL_GLU: return glu(in);
             case RL_ADD: return add(in);
             case RL_GATHER_ROWS: return gather_rows(in);
+            case RL_ALL_REDUCE: return all_reduce(in);
+            case RL_ALL_GATHER: return all_gather(in);
+            case RL_SEND: return send(in);
+            case RL_RECEIVE: return receive(in);
         }
     }
 
-    void step(const rl_batch *step_batch) {
+    int32_t step(const rl_batch *step_batch) {
         batch = step_batch;
+        status = RL_OK;
         Timeline &timeline = pool.timeline;
         if (!timeline.on()) {
-            for (const rl_instruction &in : instructions) run(in);
-            return;
+            for (size_t i = 0; i < instructions.size() && status == RL_OK; i++) run(instructions[i]);
+            return status;
         }
-        for (size_t i = 0; i < instructions.size(); i++) {
+        for (size_t i = 0; i < instructions.size() && status == RL_OK; i++) {
             const int64_t begin = Timeline::now();
             timeline.instruction = (int32_t)i;
             run(instructions[i]);
             timeline.add(0, RL_EVENT_OP, begin);
         }
         timeline.instruction = -1;
+        return status;
     }
 };
 
@@ -410,7 +449,11 @@ void rl_set_buffers(rl_program *program, const rl_buffer *buffers) {
     program->buffers.assign(buffers, buffers + program->buffers.size());
 }
 
-void rl_step(rl_program *program, const rl_batch *batch) { program->step(batch); }
+void rl_set_collectives(rl_program *program, const rl_collectives *collectives) {
+    program->collectives = *collectives;
+}
+
+int32_t rl_step(rl_program *program, const rl_batch *batch) { return program->step(batch); }
 
 void rl_timeline_start(rl_program *program, int64_t capacity) {
     program->pool.timeline.start(program->pool.size(), capacity);

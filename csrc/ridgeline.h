@@ -19,6 +19,10 @@ enum rl_opcode : int32_t {
     RL_GLU = 8,
     RL_ADD = 9,
     RL_GATHER_ROWS = 10,
+    RL_ALL_REDUCE = 11,
+    RL_ALL_GATHER = 12,
+    RL_SEND = 13,
+    RL_RECEIVE = 14,
     RL_NUM_OPCODES
 };
 
@@ -97,6 +101,24 @@ struct rl_event {
     int16_t thread, kind;
 };
 
+// Why a collective failed, and with it the step.
+enum rl_status : int32_t {
+    RL_OK = 0,
+    RL_ABORTED = 1,   // a peer is gone, or the ranks were told to stop
+    RL_MISMATCH = 2,  // the ranks do not agree on what they do
+    RL_RAISED = 3,    // a callback into Python raised
+};
+
+// How the ranks of a model exchange numbers: functions that return rl_status. out = residual + sum of x over the tp
+// ranks, added in their order; residual may be nullptr. all_gather: x [rows, columns] of all of them side by side.
+struct rl_collectives {
+    void *context;
+    int32_t (*all_reduce)(void *context, const float *x, const float *residual, float *out, int64_t count);
+    int32_t (*all_gather)(void *context, const float *x, int64_t rows, int64_t columns, float *out, int64_t out_columns);
+    int32_t (*send)(void *context, const float *x, int64_t count);
+    int32_t (*receive)(void *context, float *x, int64_t count);
+};
+
 struct rl_program;
 
 // Copies the descriptions, not what they point to. nullptr when an opcode or format is unknown.
@@ -109,8 +131,12 @@ void rl_destroy(rl_program *program);
 // Other addresses for the same buffers, between steps.
 void rl_set_buffers(rl_program *program, const rl_buffer *buffers);
 
-// Run every instruction for one step. The caller is worker 0 of the pool and returns when all is done.
-void rl_step(rl_program *program, const rl_batch *batch);
+// What the instructions of collectives call; a Program that has any needs it before its first step. Copied.
+void rl_set_collectives(rl_program *program, const rl_collectives *collectives);
+
+// Run every instruction for one step. The caller is worker 0 of the pool and returns when all is done: RL_OK, or the
+// status of the collective that failed, where the step ends.
+int32_t rl_step(rl_program *program, const rl_batch *batch);
 
 // Between steps: record what every thread does, with room for `capacity` events of each; 0 stops recording.
 void rl_timeline_start(rl_program *program, int64_t capacity);

@@ -154,7 +154,7 @@ std::string run_case(const std::string &path, int num_threads, std::string &name
         const rl_batch step = {b.arrays[0].data(), b.arrays[1].data(), b.arrays[2].data(), b.arrays[3].data(),
                                b.arrays[4].data(), b.arrays[5].data(), b.arrays[6].data(), b.num_tokens,
                                b.num_seqs,         b.num_blocks_per_table, b.num_logits};
-        rl_step(program, &step);
+        if (rl_step(program, &step) != RL_OK) return "a collective failed";
     }
     std::string problem;
     const size_t rows = (size_t)(output->rows_are_logits ? batches.back().num_logits : batches.back().num_tokens);

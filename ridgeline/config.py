@@ -134,7 +134,7 @@ class CacheConfig:
     kv_cache_dtype: KVCacheDType | None = None
     """Element type of the pages; None: float16 on native, that of the arithmetic on torch."""
     kv_cache_memory_bytes: int | None = None
-    """Size of the cache in bytes; None: from the memory that is free."""
+    """Size of the cache in bytes, on each rank; None: from the memory that is free."""
     kv_cache_tokens: int | None = None
     """Size of the cache in tokens; at most one of the two sizes may be given."""
     enable_prefix_caching: bool | None = None
@@ -154,6 +154,20 @@ class SchedulerConfig:
     """Tokens computed in one step; None: 512, or max_model_len where prompts are not chunked."""
     enable_chunked_prefill: bool | None = None
     """Split long prompts over several steps; None: where the other settings allow it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """Over how many ranks a model is spread: tp_size * pp_size processes."""
+
+    tp_size: int = 1
+    """Tensor parallel: every matrix and all heads are split over so many ranks."""
+    pp_size: int = 1
+    """Pipeline parallel: the layers are split over so many stages."""
+
+    @property
+    def world_size(self) -> int:
+        return self.tp_size * self.pp_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -183,6 +197,7 @@ class EngineConfig:
     load: LoadConfig = field(default_factory=LoadConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     @classmethod
     def from_options(cls, model: str, **options: Any) -> EngineConfig:
@@ -210,7 +225,7 @@ class EngineConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its name, as `from_options` takes them, the model included."""
-        groups = (self, self.load, self.cache, self.scheduler)
+        groups = (self, self.load, self.cache, self.scheduler, self.parallel)
         return {
             f.name: getattr(g, f.name)
             for g in groups
@@ -364,6 +379,8 @@ _NATIVE_CHOICES: dict[str, tuple[str, ...]] = {
 }
 """What the native executor can do."""
 _POSITIVE = (
+    "tp_size",
+    "pp_size",
     "max_model_len",
     "num_threads",
     "block_size",
@@ -375,7 +392,7 @@ _POSITIVE = (
 _FLAGS = ("packed_cache", "kv_cache", "enable_prefix_caching", "enable_chunked_prefill")
 _OPTIONAL = frozenset(
     {"executor", "device", "dtype", "attention", "kv_cache_dtype", *_POSITIVE, *_FLAGS}
-    - {"max_num_seqs", "kv_cache", "packed_cache"}
+    - {"max_num_seqs", "kv_cache", "packed_cache", "tp_size", "pp_size"}
 )
 
 

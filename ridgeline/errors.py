@@ -6,6 +6,7 @@
     ├── CheckpointError     a file that is damaged, inconsistent or of an unsupported kind
     ├── TokenizerError      a vocabulary or chat template that cannot be used
     ├── RequestError        a prompt or sampling parameter that cannot be served
+    ├── RankError           a rank of a parallel engine died, hung or lost its network
     └── EngineDeadError     the engine thread stopped; nothing more can be served
 
 A message says what was given, what was expected and what to do. The command line prints it without a
@@ -35,6 +36,10 @@ class TokenizerError(RidgelineError, ValueError):
 
 class RequestError(RidgelineError, ValueError):
     """A request that can never be served as it stands."""
+
+
+class RankError(RidgelineError, RuntimeError):
+    """A rank of a parallel engine died, hung or lost its network; what was running on it is lost."""
 
 
 class EngineDeadError(RidgelineError, RuntimeError):

@@ -8,7 +8,7 @@ from typing import Any
 
 from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine, Prompt
-from ridgeline.errors import RequestError
+from ridgeline.errors import RankError, RequestError
 from ridgeline.request import RequestOutput
 from ridgeline.sampling_params import SamplingParams
 
@@ -34,7 +34,8 @@ class LLM:
         """Finish all prompts -> one output each, in their order.
 
         One SamplingParams for all, or one for each. A prompt that cannot be served raises RequestError
-        before anything runs.
+        before anything runs; RankError says that a rank of a parallel engine was lost meanwhile, and the
+        next call is served again.
         """
         prompts = [prompts] if isinstance(prompts, (str, Mapping)) else list(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -49,7 +50,11 @@ class LLM:
             for prompt, params in zip(prompts, sampling_params, strict=True):
                 request_ids.append(self.engine.add_request(prompt, params))
             while len(finished) < len(prompts):
-                finished |= {output.request_id: output for output in self.engine.step() if output.finished}
+                for output in self.engine.step():
+                    if output.error is not None:
+                        raise RankError(output.error)
+                    if output.finished:
+                        finished[output.request_id] = output
         finally:
             for request_id in request_ids:
                 self.engine.abort(request_id)
@@ -68,6 +73,8 @@ class LLM:
             while not finished:
                 for output in self.engine.step():
                     if output.request_id == request_id:
+                        if output.error is not None:
+                            raise RankError(output.error)
                         finished = output.finished
                         yield output
         finally:

@@ -129,3 +129,5 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     """Per prompt token; the first is None, nothing predicts it."""
     finished: bool = False
+    error: str | None = None
+    """Why the engine could not finish it: a rank of a parallel engine was lost."""

@@ -69,7 +69,11 @@ def tiny_config(name: str, **overrides: Any) -> ModelConfig:
 @cache
 def tiny_model(name: str, seed: int = 0, load: LoadConfig | None = None) -> LoadedModel:
     """Weights large enough that logits spread and no two tokens tie."""
-    config = tiny_config(name)
+    return model_of(tiny_config(name), seed, load)
+
+
+def model_of(config: ModelConfig, seed: int = 0, load: LoadConfig | None = None) -> LoadedModel:
+    """The same of any config, in float32."""
     rng = np.random.default_rng(seed)
     weights: dict[str, Weight] = {}
     for weight_name, shape in expected_shapes(config).items():

@@ -21,6 +21,7 @@ from ridgeline.config import (  # the names in inherited annotations are looked 
     EngineConfig,
     Executor,  # noqa: F401
     LoadConfig,
+    ParallelConfig,
     SchedulerConfig,
 )
 from ridgeline.sampling_params import SamplingParams
@@ -75,12 +76,17 @@ class DescribedConfig(EngineConfig):
         )
 
 
+# A field of a nested group gets a second name only by its annotation, and config.py knows no flags.
+for _field, _alias in (("tp_size", "--tp"), ("pp_size", "--pp")):
+    ParallelConfig.__annotations__[_field] = Annotated[int, Parameter(alias=_alias)]
+
 for _group in (
     EngineConfig,
     DescribedConfig,
     LoadConfig,
     CacheConfig,
     SchedulerConfig,
+    ParallelConfig,
     GreedyParams,
     ChatParams,
 ):

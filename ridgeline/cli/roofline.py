@@ -12,13 +12,16 @@ from typing import Any
 
 from ridgeline.cli.options import DescribedConfig, print_json
 from ridgeline.cli.terminal import say
+from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.errors import ConfigError
-from ridgeline.models.load import describe_model
+from ridgeline.models.load import LoadedModel, describe_model
 from ridgeline.models.locate import locate_model
 from ridgeline.ops.program import StepShape
+from ridgeline.profiling.links import DEFAULT_LINKS, Link, describe_link, measure_link
 from ridgeline.profiling.machine import MachineLimits, describe_device, machine_limits
 from ridgeline.profiling.measured import measure_decode, measure_ops, measure_prefill
+from ridgeline.profiling.parallel import ParallelPredictor
 from ridgeline.profiling.rates import KernelRates
 from ridgeline.profiling.roofline import OpEstimate, Predictor
 
@@ -37,6 +40,7 @@ def roofline(
     prompt_len: int = 512,
     context: int = 128,
     batch_size: int = 1,
+    link: str | None = None,
     measure: bool = False,
     plot: Path | None = None,
     json: bool = False,
@@ -57,6 +61,10 @@ def roofline(
 
         ridgeline roofline -m model.gguf --device h100
 
+        ridgeline roofline -m smollm2 --tp 2
+
+        ridgeline roofline -m model.gguf --device h100 --tp 8 --link nvlink
+
     Parameters
     ----------
     prompt_len
@@ -65,6 +73,9 @@ def roofline(
         Tokens in the cache of each decoding sequence.
     batch_size
         Sequences that decode together.
+    link
+        Between ranks, with --tp or --pp, by its data sheet, such as nvlink or ethernet10; left out: shared
+        memory on this machine, as measured, or what the device usually has.
     measure
         Load the model, run it, and show the measured times and the errors of the predictions.
     plot
@@ -89,20 +100,29 @@ def roofline(
     config = config.with_options(max_num_seqs=max(batches[-1], config.scheduler.max_num_seqs))
     model = describe_model(locate_model(config.model), config.load)
     limits, rates = machine_of(engine.device, config.num_threads, refresh=measure)
-    predictor = Predictor.for_model(model, config, limits, rates)
+    between = None
+    if config.parallel.world_size > 1:
+        between = link_of(link, engine.device, config.parallel.tp_size)
+    predictor = _predictor(model, config, limits, rates, between)
     shapes = {
         f"prefill of {prompt_len} tokens": StepShape.prefill(prompt_len),
         f"decode of {batch_size} at context {context}": StepShape.decode(batch_size, context),
     }
     llm = LLMEngine.from_config(config) if measure else None
     try:
-        ops = {name: _ops(predictor, llm, shape) for name, shape in shapes.items()}
+        ops = {}
+        for name, shape in shapes.items():
+            if isinstance(predictor, ParallelPredictor):
+                slowest = predictor.slowest_rank(shape)
+                ops[f"{name}, rank {slowest}"] = _ops(predictor.predictors[slowest], None, shape)
+            else:
+                ops[name] = _ops(predictor, llm, shape)
         grids = [_grid(predictor, llm, prompts, batches, context)]
         for _ in range(ROUNDS - 1 if measure else 0):
             rates = KernelRates(
                 limits, refresh=True, progress=lambda line: say(f"measuring {line} again ...")
             )
-            predictor = Predictor.for_model(model, config, limits, rates)
+            predictor = _predictor(model, config, limits, rates, between)
             grids.append(_grid(predictor, llm, prompts, batches, context))
         grid = _medians(grids)
     finally:
@@ -112,14 +132,31 @@ def roofline(
         draw(ops, limits, plot)
         say(f"plot written to {plot}")
     if json:
-        print_json({"limits": asdict(limits), "model": config.model, "ops": ops, "grid": grid})
+        document = {"limits": asdict(limits), "model": config.model, "ops": ops, "grid": grid}
+        print_json(document | ({} if between is None else {"link": asdict(between)}))
         return
     head = f"{limits.name}, {limits.isa}; {limits.dram_gb_s:.1f} GB/s of memory"
     lines = [f"{head}, ridge at {limits.fp32_ridge:.1f} FLOPs per byte", ""]
+    if between is not None:
+        ranks = f"tp {config.parallel.tp_size} x pp {config.parallel.pp_size}"
+        rate = f"{1e6 * between.latency_s:.1f} us, {between.gb_s:.4g} GB/s"
+        lines[1:] = [f"{ranks} over {between.name}: {rate}; the ops are those of the slowest rank", ""]
     for name, rows in ops.items():
         lines += [*_table(name, rows), ""]
     lines += [*terminal_plot([row for rows in ops.values() for row in rows], limits), "", *_grid_lines(grid)]
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def _predictor(
+    model: LoadedModel,
+    config: EngineConfig,
+    limits: MachineLimits,
+    rates: KernelRates | None,
+    link: Link | None,
+) -> Predictor | ParallelPredictor:
+    if link is None:
+        return Predictor.for_model(model, config, limits, rates)
+    return ParallelPredictor(model, config, limits, rates, link)
 
 
 def machine_of(
@@ -137,6 +174,16 @@ def machine_of(
     return limits, KernelRates(limits, refresh=refresh, progress=lambda line: say(f"measuring {line} ..."))
 
 
+def link_of(name: str | None, device: str | None, tp_size: int) -> Link:
+    """The link between ranks: named, or usual for the device, or the shared memory of this machine."""
+    if name is not None:
+        return describe_link(name)
+    if device is not None:
+        return describe_link(DEFAULT_LINKS.get(device.lower(), "pcie4"))
+    say("measuring sums in shared memory ...")
+    return measure_link(tp_size)
+
+
 def _ops(predictor: Predictor, llm: LLMEngine | None, shape: StepShape) -> list[dict[str, Any]]:
     measured = measure_ops(llm, shape) if llm is not None else {}
     return [_row(estimate, measured.get(estimate.name)) for estimate in predictor.estimates(shape)]
@@ -147,7 +194,11 @@ def _row(estimate: OpEstimate, measured_s: float | None) -> dict[str, Any]:
 
 
 def _grid(
-    predictor: Predictor, llm: LLMEngine | None, prompts: Sequence[int], batches: Sequence[int], context: int
+    predictor: Predictor | ParallelPredictor,
+    llm: LLMEngine | None,
+    prompts: Sequence[int],
+    batches: Sequence[int],
+    context: int,
 ) -> Grid:
     """Predicted and, with a model, measured seconds; each prediction takes its rates just before."""
     return {

@@ -61,8 +61,8 @@ class DifferentiableOps:
         constant = torch.from_numpy(values).to(torch.float32)
         return Bound(None, lambda: constant)
 
-    def embed(self, table: Bound, batch: TorchBatch) -> torch.Tensor:
-        return self._ops.embed(table.values(), batch)
+    def embed(self, table: Bound, batch: TorchBatch, *, first_row: int = 0) -> torch.Tensor:
+        return self._ops.embed(table.values(), batch, first_row=first_row)
 
     def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         return self._ops.scale(x, factor)
@@ -119,6 +119,20 @@ class DifferentiableOps:
 
     def gather_logit_rows(self, x: torch.Tensor, batch: TorchBatch) -> torch.Tensor:
         return x
+
+    # Only whole models are differentiated: `TorchOps` without ranks refuses these.
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._ops.all_reduce(x)
+
+    def all_gather(self, x: torch.Tensor, *, columns: int) -> torch.Tensor:
+        return self._ops.all_gather(x, columns=columns)
+
+    def send(self, x: torch.Tensor) -> None:
+        self._ops.send(x)
+
+    def receive(self, batch: TorchBatch, *, columns: int) -> torch.Tensor:
+        return self._ops.receive(batch, columns=columns)
 
 
 def windows_batch(windows: list[list[int]]) -> TorchBatch:

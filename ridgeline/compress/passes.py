@@ -203,7 +203,7 @@ class CalibrationPass:
     def bind_constant(self, values: npt.NDArray[np.float64]) -> Handle:
         return Handle(None, torch.from_numpy(values).to(torch.float32))
 
-    def embed(self, table: Handle, batch: None) -> Stream:
+    def embed(self, table: Handle, batch: None, *, first_row: int = 0) -> Stream:
         if self._skip_to:
             return Stream(None)
         # The whole table in floats is several times the rows that are needed.
@@ -286,6 +286,20 @@ class CalibrationPass:
 
     def gather_logit_rows(self, x: Stream, batch: None) -> Stream:
         return x  # the head reads every row; nothing asks for the logits
+
+    # Only whole models are calibrated: `TorchOps` without ranks refuses these.
+
+    def all_reduce(self, x: Stream) -> Stream:
+        return Stream(lambda c: self._ops.all_reduce(x.chunk(c)))
+
+    def all_gather(self, x: Stream, *, columns: int) -> Stream:
+        return Stream(lambda c: self._ops.all_gather(x.chunk(c), columns=columns))
+
+    def send(self, x: Stream) -> None:
+        self._ops.send(x.chunk(0))
+
+    def receive(self, batch: None, *, columns: int) -> Stream:
+        return Stream(lambda c: self._ops.receive(self._batches[c], columns=columns))
 
     @property
     def _skipping(self) -> bool:

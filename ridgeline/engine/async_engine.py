@@ -21,7 +21,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ridgeline.errors import EngineDeadError, RequestError
+from ridgeline.errors import EngineDeadError, RankError, RequestError
 from ridgeline.logs import logger
 from ridgeline.request import RequestOutput
 from ridgeline.sampling_params import SamplingParams
@@ -271,7 +271,9 @@ class AsyncEngine:
             stream, index, output.prompt = self._routes[output.request_id]
             if output.finished:
                 del self._routes[output.request_id]
-            if output.finished or stream.every_step:
+            if output.error is not None:
+                self._loop.call_soon_threadsafe(stream.fail, RankError(output.error))
+            elif output.finished or stream.every_step:
                 batch.append((stream, index, _snapshot(output)))
         if batch:
             self._loop.call_soon_threadsafe(_hand_over, batch)

@@ -21,13 +21,15 @@ from ridgeline.engine.outputs import OutputProcessor
 from ridgeline.engine.sampler import derive_seed
 from ridgeline.engine.scheduler import Scheduler, StepPlan
 from ridgeline.engine.stats import EngineStats
-from ridgeline.errors import RequestError
+from ridgeline.errors import RankError, RequestError
 from ridgeline.kvcache.block_pool import BlockPool
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.kvcache.manager import BlockManager
+from ridgeline.logs import logger
 from ridgeline.models.load import LoadedModel, load_model
 from ridgeline.models.locate import locate_model
-from ridgeline.request import FinishReason, Request, RequestOutput
+from ridgeline.models.shard import plan_cuts
+from ridgeline.request import FinishReason, Request, RequestOutput, Sampled
 from ridgeline.sampling_params import SamplingParams
 from ridgeline.tokenizer import Tokenizer, load_tokenizer
 
@@ -49,6 +51,7 @@ def make_scheduler(
         max_model_len=config.max_model_len,
         eos_token_ids=eos_token_ids,
         kv_cache=cache.kv_cache,
+        max_in_flight=config.parallel.pp_size,
     )
 
 
@@ -61,7 +64,9 @@ class LLMEngine:
         """Resolve the settings for this model and build the parts, the executor first. Raises ConfigError."""
         config = config.resolve(model.config, unavailable=unavailable_executors())
         assert config.max_model_len
-        self.layout = plan_cache(config, model.config)
+        alone = config.parallel.world_size == 1
+        ranks = () if alone else plan_cuts(model, config.parallel).configs()
+        self.layout = plan_cache(config, model.config, ranks=ranks)
         self.config = replace(config, max_model_len=min(config.max_model_len, self.layout.num_slots))
         self.executor = make_executor(self.config, model, self.layout)
         self.model = model.without_data()  # the executor has the values in its own form
@@ -76,7 +81,14 @@ class LLMEngine:
 
     @classmethod
     def from_config(cls, config: EngineConfig) -> LLMEngine:
-        """Find, map and load the model that `config` names, with its tokenizer."""
+        """Find, map and load the model that `config` names, with its tokenizer.
+
+        Raises SystemExit at the end of the work where torchrun started this process for a rank beyond 0.
+        """
+        if config.parallel.world_size > 1:
+            from ridgeline.engine.executors.parallel import enter_torchrun
+
+            enter_torchrun(config)
         model = load_model(locate_model(config.model), config.load)
         assert model.checkpoint is not None
         with ThreadPoolExecutor(1) as background:  # the weights are packed meanwhile
@@ -171,16 +183,42 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """One step -> the requests that got a token or finished, cumulative."""
         started = time.monotonic()
-        plan = self.scheduler.schedule()
-        self._in_flight.append((plan, self.executor.submit(plan)))
-        plan, handle = self._in_flight.popleft()
-        sampled = handle.result()
+        try:
+            plan, sampled = self._next_result()
+        except RankError as error:
+            return self._recover(error)
         changed = self.scheduler.update(plan, sampled)
         outputs, stopped = self._outputs.update(changed, sampled)
         for request_id, stop in stopped:
             self.scheduler.finish(request_id, FinishReason.STOP, stop)
         self.stats.record_step(changed, started=started, now=time.monotonic())
         return outputs
+
+    def _next_result(self) -> tuple[StepPlan, Mapping[str, Sampled]]:
+        """Keep the stages of a pipeline busy, then wait for the oldest plan -> it and its tokens."""
+        while len(self._in_flight) < self.config.parallel.pp_size:
+            plan = self.scheduler.schedule()
+            if self._in_flight and not plan.rows:
+                break
+            self._in_flight.append((plan, self.executor.submit(plan)))
+        plan, handle = self._in_flight.popleft()
+        return plan, handle.result()
+
+    def _recover(self, error: RankError) -> list[RequestOutput]:
+        """Ranks were lost, and their caches with them: what was running ends with the error, the group is
+        built anew, and what waits is served by it."""
+        logger.error("%s", error)
+        self._in_flight.clear()
+        ended = self.scheduler.fail_running()
+        now = time.monotonic()
+        outputs: dict[str, RequestOutput] = {}
+        for request in ended:
+            self.stats.record_finish(request, now=now)
+            output = self._outputs.abort(request, str(error))
+            if output is not None:
+                outputs[output.request_id] = output
+        self.executor.restart()
+        return list(outputs.values())
 
     def close(self) -> None:
         """Give back the executor's threads and memory."""

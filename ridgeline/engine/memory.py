@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 
 from ridgeline.config import EngineConfig, ModelConfig
 from ridgeline.errors import ConfigError
@@ -29,22 +31,27 @@ def free_memory_bytes() -> int:
     return max(free, 0)
 
 
-def plan_cache(config: EngineConfig, model: ModelConfig) -> CacheLayout:
-    """Layout of the cache of a resolved config.
+def plan_cache(config: EngineConfig, model: ModelConfig, *, ranks: Sequence[ModelConfig] = ()) -> CacheLayout:
+    """Layout of the cache of a resolved config: of the whole model, also where `ranks` share it.
 
-    Without a size: as many tokens as max_num_seqs requests of max_model_len need, within half of the free
-    memory. Raises ConfigError with the numbers when not even one block fits.
+    All ranks have the same blocks, each for its own heads and layers (`cache_of_rank`): the largest of them
+    may use kv_cache_memory_bytes, and the free memory is that of all of them together. Without a size: as
+    many tokens as max_num_seqs requests of max_model_len need, within half of the free memory. Raises
+    ConfigError with the numbers when not even one block fits.
     """
     cache = config.cache
-    assert cache.kv_cache_dtype and cache.block_size and config.max_model_len
-    token_bytes = CacheLayout.bytes_per_token(model, cache.kv_cache_dtype)
+    dtype = cache.kv_cache_dtype
+    assert dtype and cache.block_size and config.max_model_len
+    rank_bytes = [CacheLayout.bytes_per_token(rank, dtype) for rank in ranks or (model,)]
+    token_bytes = sum(rank_bytes)
     per_request = -(-config.max_model_len // cache.block_size)
     wanted = config.scheduler.max_num_seqs * per_request
     if cache.kv_cache_tokens is not None:
         num_blocks, limit = cache.kv_cache_tokens // cache.block_size, f"{cache.kv_cache_tokens} tokens"
     elif cache.kv_cache_memory_bytes is not None:
+        token_bytes = max(rank_bytes)
         num_blocks = cache.kv_cache_memory_bytes // (token_bytes * cache.block_size)
-        limit = f"{cache.kv_cache_memory_bytes:,} bytes"
+        limit = f"{cache.kv_cache_memory_bytes:,} bytes{' a rank' if ranks else ''}"
     else:
         free = int(free_memory_bytes() * FREE_MEMORY_SHARE)
         num_blocks = min(wanted, free // (token_bytes * cache.block_size))
@@ -58,15 +65,20 @@ def plan_cache(config: EngineConfig, model: ModelConfig) -> CacheLayout:
         "KV cache: %d blocks of %d tokens, %s bytes (%s), %s bytes per token",
         num_blocks,
         cache.block_size,
-        f"{num_blocks * cache.block_size * token_bytes:,}",
-        cache.kv_cache_dtype,
-        f"{token_bytes:,}",
+        f"{num_blocks * cache.block_size * sum(rank_bytes):,}",
+        dtype,
+        f"{sum(rank_bytes):,}",
     )
     return CacheLayout(
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,
-        dtype=cache.kv_cache_dtype,
+        dtype=dtype,
         block_size=cache.block_size,
         num_blocks=num_blocks,
     )
+
+
+def cache_of_rank(layout: CacheLayout, rank: ModelConfig) -> CacheLayout:
+    """The same blocks for the heads and layers of one rank."""
+    return replace(layout, num_layers=rank.num_layers, num_kv_heads=rank.num_kv_heads)

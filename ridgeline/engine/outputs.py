@@ -116,11 +116,13 @@ class OutputProcessor:
             touched[choice.parent.output.request_id] = choice.parent.output
         return list(touched.values()), stopped
 
-    def abort(self, request: Request) -> RequestOutput | None:
-        """Close a choice that was aborted; the parent's output when that was its last one."""
+    def abort(self, request: Request, error: str | None = None) -> RequestOutput | None:
+        """Close a choice that was aborted, or that an `error` ended; the parent's output when that was its
+        last one."""
         choice = self._choices.get(request.request_id)
         if choice is None:
             return None
+        choice.parent.output.error = choice.parent.output.error or error
         self._finish(choice, request, time.monotonic())
         return choice.parent.output if choice.parent.output.finished else None
 

@@ -26,6 +26,7 @@ from ridgeline.bench.intervals import percentile
 from ridgeline.bench.workload import WorkloadRequest, workload_named
 from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine
+from ridgeline.engine.executors.parallel import ParallelExecutor
 from ridgeline.errors import ConfigError, RequestError, RidgelineError
 from ridgeline.ladder.rungs import WINDOW_TOKENS
 from ridgeline.models.load import LoadedModel, load_model
@@ -93,7 +94,14 @@ def make_engine(model: str, options: Mapping[str, Any]) -> LLMEngine:
     config = EngineConfig.from_options(model, **engine_options)
     loaded = load_model(locate_model(model), config.load)
     assert loaded.checkpoint is not None
-    engine = LLMEngine(config, with_weights(loaded, form), load_tokenizer(loaded.checkpoint))
+    converted = with_weights(loaded, form)
+    changed = any(weight is not loaded.weights[name] for name, weight in converted.weights.items())
+    if changed and config.parallel.world_size > 1:
+        raise ConfigError(
+            f"every rank opens {loaded.checkpoint.path} itself, and weights={form!r} changes what is in it; "
+            "climb with a file that has its weights in that form"
+        )
+    engine = LLMEngine(config, converted, load_tokenizer(loaded.checkpoint))
     # The executor has its own copy; without this, two copies of the weights would count as its memory.
     engine.model = replace(engine.model, weights={})
     return engine
@@ -189,7 +197,15 @@ def _set_back_peak_memory() -> bool:
     return True
 
 
-def _peak_memory_bytes() -> int | None:
+def _peak_memory_bytes(engine: LLMEngine) -> int | None:
+    """Of this process and, where there are any, of its ranks."""
+    if isinstance(engine.executor, ParallelExecutor):
+        own, ranks = _own_peak_bytes(), engine.executor.memory()
+        return None if own is None else own + sum(rank["peak_rss_bytes"] for rank in ranks)
+    return _own_peak_bytes()
+
+
+def _own_peak_bytes() -> int | None:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -226,7 +242,7 @@ def measure(job: Mapping[str, Any], emit: Any) -> dict[str, Any]:
     while len(runs) < job["repeats"] and (not runs or time.monotonic() - started < job["rung_s"]):
         emit("run")
         runs.append(serve(engine, requests(len(runs))))
-    peak = _peak_memory_bytes() if set_back else None
+    peak = _peak_memory_bytes(engine) if set_back else None
     emit("quality")
     max_len = engine.config.max_model_len or WINDOW_TOKENS
     token_ids, text = job["token_ids"], job["text"]

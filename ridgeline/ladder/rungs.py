@@ -166,6 +166,20 @@ RUNGS: tuple[Rung, ...] = (
         needs=("KV cache", "native kernels"),
         aim="kv_cache_bytes",
     ),
+    Rung(
+        name="tensor parallel",
+        summary="Two processes with half of the threads, the heads and every matrix each; twice a layer they "
+        "add up what they computed. For models that are too large for one device.",
+        options={"tp_size": 2},
+        needs=("native kernels", "INT4 weights"),
+    ),
+    Rung(
+        name="pipeline parallel",
+        summary="Two processes with half of the layers and of the threads each, and two steps under way at a "
+        "time.",
+        options={"tp_size": 1, "pp_size": 2},
+        needs=("native kernels", "INT4 weights"),
+    ),
 )
 
 

@@ -4,6 +4,10 @@ A transformer decoder of the Llama kind (Touvron et al. 2023, arXiv:2302.13971) 
 `ModelConfig` names: grouped-query attention, QK-norm, norms after as well as before each block, sliding
 windows with their own RoPE, attention sinks, scaled embeddings. No branch asks for an architecture.
 
+A rank of a parallel engine runs the same function over its `Shard`. Its heads and its MLP columns add up to
+the whole where their outputs are summed over the tp ranks, twice a layer (Shoeybi et al. 2019, Megatron-LM,
+arXiv:1909.08053); the vocabulary is split by rows; a stage begins with what the one before it sends.
+
 Letters: T tokens, L logit rows, C hidden, F intermediate, V vocabulary, H query and G KV heads, D head_dim.
 """
 
@@ -14,6 +18,7 @@ from dataclasses import dataclass
 from typing import Generic
 
 from ridgeline.config import ModelConfig, RopeConfig
+from ridgeline.distributed.groups import ALONE, RankPlace, Shard
 from ridgeline.models.rope import rope_frequencies
 from ridgeline.ops.interface import Batch, Handle, Ops, Tensor
 from ridgeline.ops.program import Program
@@ -54,23 +59,32 @@ class LayerWeights(Generic[Handle]):
 
 @dataclass(frozen=True, slots=True)
 class DecoderWeights(Generic[Handle]):
-    """All handles of a model, and its rotations: what `decoder` needs besides the step."""
+    """All handles of a model, and its rotations: what `decoder` needs besides the step.
 
-    embed_tokens: Handle
+    None: a weight that belongs to another stage.
+    """
+
+    embed_tokens: Handle | None
     layers: tuple[LayerWeights[Handle], ...]
-    norm: Handle
-    lm_head: Handle
+    norm: Handle | None
+    lm_head: Handle | None
     rotation: Rotation[Handle]
     rotation_local: Rotation[Handle]
     """Of the windowed layers."""
 
 
 def bind_decoder(
-    ops: Ops[Tensor, Handle, Batch], config: ModelConfig, weights: Mapping[str, Weight], *, max_model_len: int
+    ops: Ops[Tensor, Handle, Batch],
+    config: ModelConfig,
+    weights: Mapping[str, Weight],
+    *,
+    max_model_len: int,
+    shard: Shard | None = None,
 ) -> DecoderWeights[Handle]:
     """Hand every weight (by canonical name) to `ops` and fix the rotations.
 
-    Length-dependent RoPE is decided here, from max_model_len, so that tokens never depend on the batch.
+    `config` and `weights` are those of the shard, where there is one. Length-dependent RoPE is decided here,
+    from max_model_len, so that tokens never depend on the batch.
     """
 
     def bind(name: str) -> Handle:
@@ -84,6 +98,8 @@ def bind_decoder(
             rope, max_position=config.max_position, max_model_len=max_model_len
         )
         return Rotation(ops.bind_constant(inv_freq), attention_factor)
+
+    place = _place(shard)
 
     layers = tuple(
         LayerWeights(
@@ -108,28 +124,33 @@ def bind_decoder(
         for i in range(config.num_layers)
     )
     return DecoderWeights(
-        embed_tokens=bind("embed_tokens"),
+        embed_tokens=bind("embed_tokens") if place.is_first_stage else None,
         layers=layers,
-        norm=bind("norm"),
-        lm_head=bind("lm_head"),
+        norm=bind("norm") if place.is_last_stage else None,
+        lm_head=bind("lm_head") if place.is_last_stage else None,
         rotation=rotation(config.rope),
         rotation_local=rotation(config.rope_local or config.rope),
     )
 
 
 def decoder(
-    ops: Ops[Tensor, Handle, Batch], config: ModelConfig, weights: DecoderWeights[Handle], batch: Batch
+    ops: Ops[Tensor, Handle, Batch],
+    config: ModelConfig,
+    weights: DecoderWeights[Handle],
+    batch: Batch,
+    shard: Shard | None = None,
 ) -> Tensor:
-    """One step: token ids of `batch` -> logits [L, V] of its logit rows. K and V go to the cache."""
-    x = ops.embed(weights.embed_tokens, batch)
-    if config.embed_scale != 1.0:
-        x = ops.scale(x, config.embed_scale)
+    """One step: token ids of `batch` -> logits [L, V] of its logit rows. K and V go to the cache.
 
+    A stage that is not the last sends its output x [T, C], and returns it.
+    """
+    place = _place(shard)
+    x = _stage_input(ops, config, weights, batch, shard)
     angles = _rope_angles(ops, config, weights, batch)
     for index, layer in enumerate(weights.layers):
         residual = x
         x = ops.rms_norm(x, layer.input_norm, eps=config.norm_eps, offset=config.norm_offset)
-        x = _attention(ops, config, layer, x, angles, batch, index=index)
+        x = _sum_over_ranks(ops, place, _attention(ops, config, layer, x, angles, batch, index=index))
         if layer.post_attn_norm is not None:
             x = ops.rms_norm(x, layer.post_attn_norm, eps=config.norm_eps, offset=config.norm_offset)
         x = ops.add(residual, x)
@@ -139,14 +160,42 @@ def decoder(
         x = ops.glu(
             ops.linear(x, layer.gate_proj), ops.linear(x, layer.up_proj), activation=config.activation
         )
-        x = ops.linear(x, layer.down_proj)
+        x = _sum_over_ranks(ops, place, ops.linear(x, layer.down_proj))
         if layer.post_mlp_norm is not None:
             x = ops.rms_norm(x, layer.post_mlp_norm, eps=config.norm_eps, offset=config.norm_offset)
         x = ops.add(residual, x)
 
+    if weights.norm is None or weights.lm_head is None:
+        ops.send(x)
+        return x
     x = ops.gather_logit_rows(x, batch)
     x = ops.rms_norm(x, weights.norm, eps=config.norm_eps, offset=config.norm_offset)
-    return ops.linear(x, weights.lm_head)
+    x = ops.linear(x, weights.lm_head)
+    return x if shard is None or place.tp_size == 1 else ops.all_gather(x, columns=shard.vocab_size)
+
+
+def _place(shard: Shard | None) -> RankPlace:
+    return ALONE if shard is None else shard.place
+
+
+def _sum_over_ranks(ops: Ops[Tensor, Handle, Batch], place: RankPlace, x: Tensor) -> Tensor:
+    return x if place.tp_size == 1 else ops.all_reduce(x)
+
+
+def _stage_input(
+    ops: Ops[Tensor, Handle, Batch],
+    config: ModelConfig,
+    weights: DecoderWeights[Handle],
+    batch: Batch,
+    shard: Shard | None,
+) -> Tensor:
+    """Embedded tokens [T, C], each from the rank that has its row; or what the stage before sends."""
+    if weights.embed_tokens is None:
+        return ops.receive(batch, columns=config.hidden_size)
+    x = ops.embed(weights.embed_tokens, batch, first_row=0 if shard is None else shard.first_vocab_row)
+    if config.embed_scale != 1.0:
+        x = ops.scale(x, config.embed_scale)
+    return _sum_over_ranks(ops, _place(shard), x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +275,10 @@ def _attention(
     return ops.linear(x, layer.o_proj, layer.o_bias)
 
 
-def record_decoder(config: ModelConfig, weights: Mapping[str, Weight], *, max_model_len: int) -> Program:
-    """The decoder of this model as a Program, by running it once with symbols."""
+def record_decoder(
+    config: ModelConfig, weights: Mapping[str, Weight], *, max_model_len: int, shard: Shard | None = None
+) -> Program:
+    """The decoder of this model, or of this part of it, as a Program, by running it once with symbols."""
     recorder = Recorder()
-    handles = bind_decoder(recorder, config, weights, max_model_len=max_model_len)
-    return recorder.program(decoder(recorder, config, handles, None))
+    handles = bind_decoder(recorder, config, weights, max_model_len=max_model_len, shard=shard)
+    return recorder.program(decoder(recorder, config, handles, None, shard))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from ridgeline.checkpoint.quant_config import CODES, SUFFIXES, quant_scheme
 from ridgeline.checkpoint.safetensors import HFCheckpoint, read_hf, read_json
 from ridgeline.checkpoint.stored import Parts, QuantScheme, StoredLinear
 from ridgeline.config import LoadConfig, ModelConfig
+from ridgeline.distributed.groups import Shard
 from ridgeline.errors import CheckpointError
 from ridgeline.logs import logger
 from ridgeline.models.registry import ModelSpec, expected_shapes, spec_for
@@ -40,6 +42,8 @@ class LoadedModel:
     """By canonical name; lm_head is the same object as embed_tokens where they are tied."""
     checkpoint: Checkpoint | None
     """None for a model that was made in memory."""
+    shard: Shard | None = None
+    """Which part of the model this is; None: all of it. `config` and `weights` are those of the part."""
 
     def without_data(self) -> LoadedModel:
         """Shapes and formats only, for who has taken the values."""
@@ -53,8 +57,18 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return read_hf(path) if path.is_dir() else read_gguf(path)
 
 
-def load_model(path: str | Path, load: LoadConfig | None = None) -> LoadedModel:
-    """Map a model and apply the load options.
+class WeightPart(Protocol):
+    """What is taken of a model's weights as they are read."""
+
+    def wants(self, name: str) -> bool: ...
+
+    def cut(self, weight: Weight) -> Weight: ...
+
+
+def load_model(
+    path: str | Path, load: LoadConfig | None = None, *, part: WeightPart | None = None
+) -> LoadedModel:
+    """Map a model and apply the load options; of its weights only `part`, if that is given.
 
     Raises CheckpointError naming file and tensor when one is missing or has the wrong shape.
     """
@@ -62,15 +76,10 @@ def load_model(path: str | Path, load: LoadConfig | None = None) -> LoadedModel:
     file = str(checkpoint.path)
     spec = spec_for(checkpoint.kind, checkpoint.metadata, file=file)
     original = _read_config(checkpoint, spec, file)
-    weights = _read_weights(checkpoint, spec, original)
-    if original.tie_embeddings:
-        weights["lm_head"] = weights["embed_tokens"]
     config = change_config(original, load or LoadConfig())
-    for name in list(weights):
-        if ".k_proj" in name or ".v_proj" in name:
-            weights[name] = change_kv_heads(
-                weights[name], current=original.num_kv_heads, wanted=config.num_kv_heads
-            )
+    weights = _read_weights(checkpoint, spec, original, config, part)
+    if original.tie_embeddings and "embed_tokens" in weights:
+        weights["lm_head"] = weights["embed_tokens"]
     return LoadedModel(config, weights, checkpoint)
 
 
@@ -197,24 +206,35 @@ class _Tensors:
         return self.prefix + stored.removeprefix("model.") if stored.startswith("model.") else stored
 
 
-def _read_weights(checkpoint: Checkpoint, spec: ModelSpec, config: ModelConfig) -> dict[str, Weight]:
+def _read_weights(
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    config: ModelConfig,
+    wanted: ModelConfig,
+    part: WeightPart | None,
+) -> dict[str, Weight]:
+    """`config`: of the file; `wanted`: after the load options."""
     tensors = _Tensors.of(checkpoint, spec)
     permuted = checkpoint.kind == "gguf" and spec.gguf_permuted
     weights: dict[str, Weight] = {}
     used: set[str] = set()
     for name, found in tensors.all(config):
         used.update(tensors.parts_of(name) if isinstance(found, StoredLinear) else [found])
+        if part is not None and not part.wants(name):
+            continue
         if isinstance(found, StoredLinear):
             assert isinstance(checkpoint, HFCheckpoint)
-            weights[name] = found.weight(name)
-            for part in tensors.parts_of(name):
-                give_back(checkpoint.array(part))
-            continue
-        weight = checkpoint.weight(found)
+            weight = found.weight(name)
+            for stored in tensors.parts_of(name):
+                give_back(checkpoint.array(stored))
+        else:
+            weight = replace(checkpoint.weight(found), name=name)
         if permuted and (".q_proj" in name or ".k_proj" in name):
             num_heads = config.num_heads if ".q_proj" in name else config.num_kv_heads
             weight = unpermute(weight, num_heads=num_heads)
-        weights[name] = replace(weight, name=name)
+        if ".k_proj" in name or ".v_proj" in name:
+            weight = change_kv_heads(weight, current=config.num_kv_heads, wanted=wanted.num_kv_heads)
+        weights[name] = weight if part is None else part.cut(weight)
     _check_unused(checkpoint, [n for n in checkpoint.tensors if n not in used], config)
     return weights
 

@@ -64,6 +64,17 @@ def _embed(
     return make
 
 
+def _embed_part(format: str, num_rows: int, first_row: int) -> Callable[[], BuiltCase]:
+    """A table with rows for some of the tokens only, as a rank has it."""
+
+    def make() -> BuiltCase:
+        s = Sketch(rows_of(35), 8)
+        table = s.weight("table", num_rows, 256, format=format)
+        return s.build(s.gather(s.embed(table, 4.0, first_row=first_row)), fused=True)
+
+    return make
+
+
 def _gather() -> BuiltCase:
     """Only the last row of each text, with padding between."""
     s = Sketch(Texts(((0, 5), (0, 1), (0, 3)), num_padding=2), 9)
@@ -152,6 +163,9 @@ def _small_cases() -> Iterator[KernelCase]:
         yield KernelCase(f"embed {format}", "embed", _embed(format, 35))
     yield KernelCase("embed INT4_G64 ordered", "embed", _embed("INT4_G64", 35, is_ordered=True))
     yield KernelCase("embed Q8_0 scaled", "embed", _embed("Q8_0", 5, factor=16.0))
+    for num_rows, first_row in ((19, 7), (19, 16), (19, 40)):
+        name = f"embed Q8_0 {num_rows} rows from {first_row} on"
+        yield KernelCase(name, "embed", _embed_part("Q8_0", num_rows, first_row))
     yield KernelCase("gather", "rows", _gather)
     yield KernelCase("add", "rows", _add)
 

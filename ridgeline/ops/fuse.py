@@ -49,11 +49,11 @@ class _Graph:
             for buffer in instruction.read_buffers:
                 self.readers[buffer].append(number)
 
-    def made_by(self, buffer: int | None, opcode: Opcode) -> tuple[int, Instruction] | None:
-        """The instruction that makes `buffer`, if it has this opcode and is still there."""
+    def made_by(self, buffer: int | None, *opcodes: Opcode) -> tuple[int, Instruction] | None:
+        """The instruction that makes `buffer`, if it has one of these opcodes and is still there."""
         number = None if buffer is None else self.maker.get(buffer)
         instruction = None if number is None else self.instructions[number]
-        if number is None or instruction is None or instruction.opcode is not opcode:
+        if number is None or instruction is None or instruction.opcode not in opcodes:
             return None
         return number, instruction
 
@@ -78,7 +78,9 @@ def _scaled_embedding(program: Program) -> Program:
         embed = graph.made_by(scale.inputs[0], Opcode.EMBED)
         if embed and graph.only_read_by(embed[1].outputs[0], number):
             graph.instructions[embed[0]] = replace(
-                embed[1], outputs=scale.outputs, attributes=scale.attributes
+                embed[1],
+                outputs=scale.outputs,
+                attributes=(*embed[1].attributes, *scale.attributes),
             )
             graph.instructions[number] = None
     return graph.finish()
@@ -213,11 +215,11 @@ def _normed_linear(program: Program) -> Program:
 
 
 def _residual(program: Program) -> Program:
-    """linear or rms_norm, add -> the same with the residual added as it is written."""
+    """linear, rms_norm or all_reduce, add -> the same with the residual added as it is written."""
     graph = _Graph(program)
     for number, add in graph.of(Opcode.ADD):
         residual, y = add.read_buffers
-        made = graph.made_by(y, Opcode.LINEAR) or graph.made_by(y, Opcode.RMS_NORM)
+        made = graph.made_by(y, Opcode.LINEAR, Opcode.RMS_NORM, Opcode.ALL_REDUCE)
         if made is None or not graph.only_read_by(y, number) or residual == y:
             continue
         at, instruction = made

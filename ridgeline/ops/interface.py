@@ -37,8 +37,11 @@ class Ops(Protocol[Tensor, Handle, Batch]):
         """Take over numbers that are no weight (RoPE frequencies), in float32 at least."""
         ...
 
-    def embed(self, table: Handle, batch: Batch) -> Tensor:
-        """Rows of table [V, C] at batch.token_ids -> [T, C]."""
+    def embed(self, table: Handle, batch: Batch, *, first_row: int = 0) -> Tensor:
+        """Rows of table [V, C] at batch.token_ids - first_row -> [T, C]; zeros where the table has none.
+
+        A vocabulary-parallel table holds the rows from first_row on.
+        """
         ...
 
     def scale(self, x: Tensor, factor: float) -> Tensor:
@@ -113,4 +116,20 @@ class Ops(Protocol[Tensor, Handle, Batch]):
 
     def gather_logit_rows(self, x: Tensor, batch: Batch) -> Tensor:
         """The rows of x [T, C] at batch.logit_rows -> [L, C]."""
+        ...
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum of x [rows, N] over the tp ranks, in the order of their ranks: the same bits on all of them."""
+        ...
+
+    def all_gather(self, x: Tensor, *, columns: int) -> Tensor:
+        """x [rows, N_r] of every tp rank side by side, by rank -> [rows, columns]; N_r may differ."""
+        ...
+
+    def send(self, x: Tensor) -> None:
+        """Hand x [T, C] to the same tp rank of the next stage."""
+        ...
+
+    def receive(self, batch: Batch, *, columns: int) -> Tensor:
+        """What the same tp rank of the stage before sent for this step -> [T, columns]."""
         ...

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ridgeline.distributed.collectives import Collectives, native_pointers
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.library import load_library
 from ridgeline.ops.batch import ForwardBatch
 from ridgeline.ops.packing import PackedWeight, Packer, aligned_bytes
-from ridgeline.ops.program import Instruction, Opcode, Program
+from ridgeline.ops.program import COLLECTIVES, Instruction, Opcode, Program
 from ridgeline.quant.weight import ActivationQuant
 
 PAGE_DTYPES = {"float32": 0, "float16": 1, "int8": 2}
@@ -124,7 +125,9 @@ def _numbers(instruction: Instruction, attention: str) -> tuple[list[int], list[
 
     match instruction.opcode:
         case Opcode.EMBED:
-            return [], [real("factor", 1.0)]
+            first_row = values.get("first_row", 0)
+            assert isinstance(first_row, int)
+            return [first_row], [real("factor", 1.0)]
         case Opcode.SCALE:
             return [], [real("factor")]
         case Opcode.RMS_NORM:
@@ -187,10 +190,12 @@ class NativeProgram:
         attention: str = "flash",
         isa: str | None = None,
         packed_cache: Path | None = None,
+        collectives: Collectives | None = None,
     ) -> None:
         """Buffers for at most max_tokens rows per step, and max_logits logit rows, which grow on demand.
 
         `packed_cache`: a file to map the packed weights from, or to write them to where it is not there.
+        `collectives`: of this rank, where the Program is the part of one; it is left open.
         Raises ConfigError for an attention shape that the kernels do not take.
         """
         self.isa, self._library = load_library(isa)
@@ -230,6 +235,12 @@ class NativeProgram:
             num_threads,
         )
         assert self._handle, "the library does not know an opcode or format of this Program"
+        self._pointers = None if collectives is None else native_pointers(collectives)
+        opcodes = {i.opcode for i in program.instructions}
+        assert self._pointers or opcodes.isdisjoint(COLLECTIVES), "the Program of a rank needs collectives"
+        if self._pointers:
+            self._library.rl_set_collectives(self._handle, ctypes.byref(self._pointers.functions))
+        self._has_logits = Opcode.SEND not in opcodes
 
     def _allocate_buffers(self, max_logits: int) -> ctypes.Array[_Buffer]:
         """Memory for every buffer, lifetimes that do not overlap sharing it."""
@@ -252,7 +263,10 @@ class NativeProgram:
         )
 
     def step(self, batch: ForwardBatch) -> npt.NDArray[np.float32]:
-        """Run one step -> logits [L, V], a view that the next step overwrites."""
+        """Run one step -> logits [L, V], a view that the next step overwrites.
+
+        A stage before the last has none: [L, 0]. Raises RankError if an exchange with another rank fails.
+        """
         num_tokens, num_logits = len(batch.token_ids), len(batch.logit_rows)
         assert num_tokens <= self._max_tokens
         if num_logits > self._max_logits:  # logits of a whole prompt were asked for
@@ -276,7 +290,11 @@ class NativeProgram:
             batch.block_tables.shape[1],
             num_logits,
         )
-        self._library.rl_step(self._handle, ctypes.byref(call))
+        if status := self._library.rl_step(self._handle, ctypes.byref(call)):
+            assert self._pointers
+            raise self._pointers.raised(status)
+        if not self._has_logits:
+            return np.empty((num_logits, 0), np.float32)
         return self.read_buffer(self.program.output, num_logits)
 
     def read_buffer(self, index: int, num_rows: int) -> npt.NDArray[np.float32]:

@@ -173,6 +173,7 @@ class Packer:
             give_back(part)
 
         list(parallel(pack, range(0, weight.shape[0], _PACK_ROWS)))
+        give_back(weight.data)  # where `data` is a copy: of some columns, or of values
 
 
 def packed_order(weight: Weight, format: QuantFormat) -> npt.NDArray[np.int32] | None:
@@ -210,20 +211,29 @@ def _huge_bytes(num_bytes: int) -> Bytes:
     return np.frombuffer(mapping, np.uint8)
 
 
-def give_back(part: npt.NDArray[np.generic]) -> None:
-    """Let the system drop the pages of a mapped file that lie inside `part`; they can be read again."""
-    base: Any = part
+def mapping_of(array: Array) -> mmap.mmap | None:
+    """The mapping that an array is a view of, if it is one."""
+    base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
     if isinstance(base, memoryview):
         base = base.obj
-    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def give_back(part: Array) -> None:
+    """Let the system drop the pages of a mapped file from the first to the last byte of `part`; they can be
+    read again."""
+    mapping = mapping_of(part)
+    if mapping is None or not hasattr(mmap, "MADV_DONTNEED") or not part.size:
         return
-    start = part.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    start = part.ctypes.data - np.frombuffer(mapping, np.uint8).ctypes.data
+    steps = zip(part.shape, part.strides, strict=True)
+    num_bytes = part.itemsize + sum((size - 1) * stride for size, stride in steps)
     begin = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (start + part.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    end = (start + num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
     if end > begin:
-        base.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+        mapping.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def format_number(format: QuantFormat) -> int:

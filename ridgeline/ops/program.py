@@ -36,6 +36,10 @@ class Opcode(IntEnum):
     GLU = 8
     ADD = 9
     GATHER_ROWS = 10
+    ALL_REDUCE = 11
+    ALL_GATHER = 12
+    SEND = 13
+    RECEIVE = 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,10 @@ ROLES: dict[Opcode, tuple[tuple[str, ...], tuple[str, ...]]] = {
     Opcode.GLU: (("x", "x"), ()),
     Opcode.ADD: (("x", "x"), ()),
     Opcode.GATHER_ROWS: (("x",), ()),
+    Opcode.ALL_REDUCE: (("x", "residual"), ()),
+    Opcode.ALL_GATHER: (("x",), ()),
+    Opcode.SEND: (("x",), ()),
+    Opcode.RECEIVE: ((), ()),
 }
 """What the inputs and weights of an instruction are, by place; csrc/interpreter.cpp says the same.
 
@@ -69,6 +77,10 @@ ROLES: dict[Opcode, tuple[tuple[str, ...], tuple[str, ...]]] = {
 perhaps a bias; `norm` is an RMSNorm of x. An ATTENTION with k, v and cos_sin norms, rotates and stores first,
 and its q_sinks is then the cos_sin of the sinks. The recorder uses none of this: `fuse` does.
 """
+
+
+COLLECTIVES = (Opcode.ALL_REDUCE, Opcode.ALL_GATHER, Opcode.SEND, Opcode.RECEIVE)
+"""Instructions that wait for other ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +248,22 @@ class Program:
                 num_moved = shape.num_cached_read(window, num_sinks) + stores * shape.num_tokens
                 return inputs + weights + outputs + num_moved * kv_token_bytes
         return inputs + weights + outputs
+
+    def communication_bytes(self, shape: StepShape, *, element_size: int = 4) -> int:
+        """What the collectives count in a step of `shape`: the results that this rank gets, what it sends.
+
+        `element_size`: of an activation, 4 on native.
+        """
+        return sum(
+            self.message_bytes(instruction, shape, element_size=element_size)
+            for instruction in self.instructions
+            if instruction.opcode in COLLECTIVES
+        )
+
+    def message_bytes(self, instruction: Instruction, shape: StepShape, *, element_size: int = 4) -> int:
+        """The same of one of the COLLECTIVES."""
+        buffer = (*instruction.outputs, *instruction.read_buffers)[0]
+        return element_size * self.num_rows(buffer, shape) * self.buffers[buffer].columns
 
     def activation_bytes(self, *, max_tokens: int, max_logits: int) -> int:
         """Bytes of the planned float32 buffers for the largest step."""

@@ -75,8 +75,11 @@ class Recorder:
         self._constants.append(values)
         return len(self._constants) - 1
 
-    def embed(self, table: int, batch: None) -> Buffer:
-        return self._emit(Opcode.EMBED, (), (table,), columns=self._shape(table)[1])
+    def embed(self, table: int, batch: None, *, first_row: int = 0) -> Buffer:
+        columns = self._shape(table)[1]
+        if not first_row:
+            return self._emit(Opcode.EMBED, (), (table,), columns=columns)
+        return self._emit(Opcode.EMBED, (), (table,), columns=columns, first_row=first_row)
 
     def scale(self, x: Buffer, factor: float) -> Buffer:
         return self._emit(Opcode.SCALE, (x,), rows=x.rows, columns=x.columns, factor=factor)
@@ -150,3 +153,17 @@ class Recorder:
 
     def gather_logit_rows(self, x: Buffer, batch: None) -> Buffer:
         return self._emit(Opcode.GATHER_ROWS, (x,), rows="L", columns=x.columns)
+
+    def all_reduce(self, x: Buffer) -> Buffer:
+        return self._emit(Opcode.ALL_REDUCE, (x,), rows=x.rows, columns=x.columns)
+
+    def all_gather(self, x: Buffer, *, columns: int) -> Buffer:
+        assert x.columns < columns
+        return self._emit(Opcode.ALL_GATHER, (x,), rows=x.rows, columns=columns)
+
+    def send(self, x: Buffer) -> None:
+        assert x.rows == "T"
+        self._append(Opcode.SEND, None, (x,), (), {})
+
+    def receive(self, batch: None, *, columns: int) -> Buffer:
+        return self._emit(Opcode.RECEIVE, (), columns=columns)

@@ -171,10 +171,12 @@ class Sketch:
         buffer = self.recorder.embed(self.recorder.bind(table), None)
         return Traced(buffer, values.astype(np.float64), np.zeros(values.shape))
 
-    def embed(self, table: Weight, factor: float) -> Traced:
-        """Token ids count up, so row t of the table comes out at token t."""
-        buffer = self.recorder.embed(self.recorder.bind(table), None)
-        value = table.dequantize().astype(np.float64)[: self.num_rows]
+    def embed(self, table: Weight, factor: float, *, first_row: int = 0) -> Traced:
+        """Token ids count up, so row t - first_row of the table comes out at token t."""
+        buffer = self.recorder.embed(self.recorder.bind(table), None, first_row=first_row)
+        rows = table.dequantize().astype(np.float64)
+        num_after = max(0, self.num_rows - first_row - len(rows))
+        value = np.pad(rows, ((first_row, num_after), (0, 0)))[: self.num_rows]
         # A zero and a min are applied in two roundings, one of which may cancel.
         traced = Traced(buffer, value, 2 * EPS * np.abs(value) + 4 * EPS * np.abs(value).max())
         return traced if factor == 1.0 else self.scale(traced, factor)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from ridgeline.config import Activation, AttentionImpl
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.ops.batch import ForwardBatch
+from ridgeline.ops.exchange import Exchange
 from ridgeline.ops.flash import flash_attention, visible
 from ridgeline.quant.weight import ActivationQuant, Weight
 
@@ -287,14 +288,19 @@ class TorchOps:
         attention: AttentionImpl,
         store_kv: Callable[..., None] = store_kv,
         paged_attention: Callable[..., torch.Tensor] = paged_attention,
+        exchange: Exchange | None = None,
     ) -> None:
-        """`store_kv` and `paged_attention`: the functions above, or custom ops around them."""
+        """`store_kv` and `paged_attention`: the functions above, or custom ops around them.
+
+        `exchange`: with the other ranks, if there are any.
+        """
         self.dtype = TORCH_DTYPES[dtype]
         self.device = device
         self.attention_impl = attention
         self.pages = [Pages.allocate(layout, device) for _ in range(layout.num_layers)]
         self._store_kv = store_kv
         self._paged_attention = paged_attention
+        self._exchange = exchange
         self._bound: dict[Weight, TorchHandle] = {}
 
     def bind(self, weight: Weight) -> TorchHandle:
@@ -307,8 +313,13 @@ class TorchOps:
         precision = torch.promote_types(self.dtype, torch.float32)
         return torch.from_numpy(values).to(device=self.device, dtype=precision)
 
-    def embed(self, table: TorchHandle, batch: TorchBatch) -> torch.Tensor:
-        return F.embedding(batch.token_ids, _values(table))
+    def embed(self, table: TorchHandle, batch: TorchBatch, *, first_row: int = 0) -> torch.Tensor:
+        values = _values(table)
+        if self._exchange is None:
+            return F.embedding(batch.token_ids, values)
+        rows = batch.token_ids - first_row
+        is_here = (rows >= 0) & (rows < len(values))
+        return F.embedding(rows.clamp(0, len(values) - 1), values).masked_fill(~is_here[:, None], 0.0)
 
     def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
         return x * torch.tensor(factor, dtype=x.dtype, device=x.device)
@@ -395,3 +406,20 @@ class TorchOps:
 
     def gather_logit_rows(self, x: torch.Tensor, batch: TorchBatch) -> torch.Tensor:
         return x[batch.logit_rows]
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._others.all_reduce(x)
+
+    def all_gather(self, x: torch.Tensor, *, columns: int) -> torch.Tensor:
+        return self._others.all_gather(x, columns=columns)
+
+    def send(self, x: torch.Tensor) -> None:
+        self._others.send(x)
+
+    def receive(self, batch: TorchBatch, *, columns: int) -> torch.Tensor:
+        return self._others.receive(len(batch.token_ids), columns, self.dtype)
+
+    @property
+    def _others(self) -> Exchange:
+        assert self._exchange is not None, "a whole model exchanges nothing"
+        return self._exchange

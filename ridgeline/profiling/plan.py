@@ -23,12 +23,15 @@ from ridgeline.engine.memory import plan_cache
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.library import load_library
+from ridgeline.logs import logger
 from ridgeline.models.decoder import record_decoder
 from ridgeline.models.load import LoadedModel
 from ridgeline.ops.fuse import fuse, rules_named
 from ridgeline.ops.packing import Packer, input_bits, kernel_name
 from ridgeline.ops.program import Opcode, Program
+from ridgeline.profiling.links import SHARED_MEMORY, Link
 from ridgeline.profiling.machine import MachineLimits
+from ridgeline.profiling.parallel import ParallelPredictor, ranks_of
 from ridgeline.profiling.rates import KernelRates
 from ridgeline.profiling.roofline import Predictor
 from ridgeline.quant.formats import FORMATS
@@ -78,22 +81,35 @@ class Alternative:
     prefill_s: float
 
 
-def plan_memory(model: LoadedModel, config: EngineConfig, *, process_bytes: int = 0) -> MemoryPlan:
-    """For a described or loaded model; `config` may be unresolved. Reads no weights."""
+def plan_memory(
+    model: LoadedModel,
+    config: EngineConfig,
+    *,
+    process_bytes: int = 0,
+    layout: CacheLayout | None = None,
+) -> MemoryPlan:
+    """For a described or loaded model; `config` may be unresolved. Reads no weights.
+
+    For a rank: its shard, and the `layout` of its part of the cache.
+    """
     resolved = config.resolve(model.config, unavailable={})
     assert resolved.max_model_len and resolved.scheduler.max_num_batched_tokens
-    layout = plan_cache(resolved, model.config)
+    layout = layout or plan_cache(resolved, model.config)
     max_tokens, max_logits = resolved.scheduler.max_num_batched_tokens, resolved.scheduler.max_num_seqs
     max_tokens = min(max_tokens, layout.num_slots)
     if resolved.executor == "native":
         isa, library = load_library()
         weights = stored_weights(resolved, model)
-        recorded = record_decoder(model.config, weights, max_model_len=resolved.max_model_len)
+        recorded = record_decoder(
+            model.config, weights, max_model_len=resolved.max_model_len, shard=model.shard
+        )
         program = fuse(recorded, rules_named(resolved.fusion))
         weight_bytes = Packer(library, 1).num_bytes(program.weights)
-        scratch = _scratch_bytes(program, max_tokens, isa)
+        scratch = _scratch_bytes(program, max_tokens, isa) + _exchange_bytes(model, resolved)
     else:
-        program = record_decoder(model.config, model.weights, max_model_len=resolved.max_model_len)
+        program = record_decoder(
+            model.config, model.weights, max_model_len=resolved.max_model_len, shard=model.shard
+        )
         element = {"float64": 8, "float32": 4}.get(resolved.dtype or "float32", 2)
         weight_bytes, scratch = sum(element * w.num_elements for w in program.weights), 0
     return MemoryPlan(
@@ -104,6 +120,38 @@ def plan_memory(model: LoadedModel, config: EngineConfig, *, process_bytes: int 
         cache_token_bytes=CacheLayout.bytes_per_token(model.config, layout.dtype),
         num_cache_tokens=layout.num_slots,
     )
+
+
+def plan_ranks(model: LoadedModel, config: EngineConfig, *, process_bytes: int = 0) -> list[MemoryPlan]:
+    """`plan_memory` of every rank of `config.parallel`, by number, each a process of its own."""
+    return [
+        plan_memory(rank.shard, config, process_bytes=process_bytes, layout=rank.layout)
+        for rank in ranks_of(model, config)
+    ]
+
+
+def tokens_in(plans: Sequence[MemoryPlan], memory_bytes: int, *, together: bool) -> int:
+    """How many tokens the cache could hold if ranks had `memory_bytes` together, or each of them."""
+    if not together:
+        return min(plan.tokens_in(memory_bytes) for plan in plans)
+    fixed = sum(plan.total_bytes - plan.cache_bytes for plan in plans)
+    return max((memory_bytes - fixed) // sum(plan.cache_token_bytes for plan in plans), 0)
+
+
+def _exchange_bytes(model: LoadedModel, config: EngineConfig) -> int:
+    """Of the shared memory in which a rank meets others: its stage's, and one or two rings of messages."""
+    if model.shard is None:
+        return 0
+    place, tokens = model.shard.place, config.scheduler.max_num_batched_tokens
+    assert tokens is not None
+    _, library = load_library()
+    message_bytes = 4 * tokens * model.config.hidden_size
+
+    def region(tp_size: int, pp_size: int) -> int:
+        return int(library.rl_region_bytes(tp_size, pp_size, message_bytes))
+
+    num_links = (not place.is_first_stage) + (not place.is_last_stage)
+    return region(place.tp_size, 1) + num_links * (region(1, 2) - region(1, 1))
 
 
 def _scratch_bytes(program: Program, max_tokens: int, isa: str) -> int:
@@ -152,18 +200,34 @@ def alternatives(
     context: int,
     process_bytes: int = 0,
     formats: Sequence[str] = ALTERNATIVES,
+    link: Link | None = None,
 ) -> list[Alternative]:
-    """Every format: what it weighs, what fits beside it, and how fast it should be for one sequence."""
+    """Every format: what it weighs, what fits beside it, and how fast it should be for one sequence.
+
+    Over several ranks (with the `link` between them): the heaviest rank, and what fits on all; a format that
+    cannot be cut so is left out.
+    """
     found = []
     for format in formats:
         other = in_format(model, format)
-        plan = plan_memory(other, config, process_bytes=process_bytes)
-        predictor = Predictor.for_model(other, config, limits, rates)
+        predictor: Predictor | ParallelPredictor
+        if link is None:
+            plans = [plan_memory(other, config, process_bytes=process_bytes)]
+            predictor = Predictor.for_model(other, config, limits, rates)
+        else:
+            try:
+                plans = plan_ranks(other, config, process_bytes=process_bytes)
+            except ConfigError as error:
+                logger.info("%s is left out: %s", format, error)
+                continue
+            predictor = ParallelPredictor(other, config, limits, rates, link)
         found.append(
             Alternative(
                 format=format,
-                weight_bytes=plan.weight_bytes,
-                num_tokens=plan.tokens_in(memory_bytes),
+                weight_bytes=max(plan.weight_bytes for plan in plans),
+                num_tokens=tokens_in(
+                    plans, memory_bytes, together=link is None or link.name == SHARED_MEMORY
+                ),
                 decode_tok_s=1 / predictor.decode_s(1, context),
                 prefill_s=predictor.prefill_s(context),
             )
@@ -176,9 +240,19 @@ def measure_process(model: str) -> int:
     return int(_child("process", model, {})["bytes"])
 
 
+def measure_rank_process() -> int:
+    """The same of a rank, which has no tokenizer."""
+    return int(_child("rank", "", {})["bytes"])
+
+
 def measure_peak(model: str, options: Mapping[str, Any]) -> int:
     """Peak bytes of a process that loads `model`, fills its whole cache, and generates."""
     return int(_child("peak", model, options)["bytes"])
+
+
+def measure_rank_peaks(model: str, options: Mapping[str, Any]) -> list[int]:
+    """The same of each rank of a parallel engine."""
+    return [int(peak) for peak in _child("peak", model, options)["ranks"]]
 
 
 def _child(what: str, model: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -194,6 +268,7 @@ def _child(what: str, model: str, options: Mapping[str, Any]) -> dict[str, Any]:
 def _run_child(what: str, model: str, options: dict[str, Any]) -> None:
     """Load as much as is asked for, then print the peak."""
     from ridgeline.engine.engine import LLMEngine
+    from ridgeline.engine.executors.parallel import ParallelExecutor
     from ridgeline.models.load import open_checkpoint
     from ridgeline.models.locate import locate_model
     from ridgeline.profiling.probe import probe_engine
@@ -201,7 +276,10 @@ def _run_child(what: str, model: str, options: dict[str, Any]) -> None:
     from ridgeline.tokenizer import load_tokenizer
 
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
-    if what == "process":
+    if what == "rank":
+        engine = probe_engine(num_threads=1, tokenizer=None)
+        engine.add_request({"prompt_token_ids": [1, 2, 3]}, params)
+    elif what == "process":
         checkpoint = open_checkpoint(locate_model(model))
         with ThreadPoolExecutor(1) as background:
             engine = probe_engine(num_threads=None, tokenizer=background.submit(load_tokenizer, checkpoint))
@@ -216,8 +294,12 @@ def _run_child(what: str, model: str, options: dict[str, Any]) -> None:
     while engine.has_unfinished:
         engine.step()
     status = Path("/proc/self/status").read_text()
-    field = "VmRSS:" if what == "process" else "VmHWM:"
-    sys.stdout.write(json.dumps({"bytes": 1024 * int(status.split(field)[1].split()[0])}) + "\n")
+    field = "VmHWM:" if what == "peak" else "VmRSS:"
+    document: dict[str, Any] = {"bytes": 1024 * int(status.split(field)[1].split()[0])}
+    if isinstance(engine.executor, ParallelExecutor):
+        document["ranks"] = [rank["peak_rss_bytes"] for rank in engine.executor.memory()]
+    engine.close()
+    sys.stdout.write(json.dumps(document) + "\n")
 
 
 if __name__ == "__main__":

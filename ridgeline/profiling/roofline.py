@@ -26,7 +26,8 @@ from ridgeline.models.decoder import record_decoder
 from ridgeline.models.load import LoadedModel
 from ridgeline.ops.fuse import fuse, rules_named
 from ridgeline.ops.packing import input_bits, kernel_name, weight_label
-from ridgeline.ops.program import Instruction, Opcode, Program, StepShape
+from ridgeline.ops.program import COLLECTIVES, Instruction, Opcode, Program, StepShape
+from ridgeline.profiling.links import Link
 from ridgeline.profiling.machine import MachineLimits
 from ridgeline.profiling.rates import (
     COLUMNS,
@@ -57,13 +58,30 @@ class OpEstimate:
         return self.flops / self.num_bytes if self.num_bytes else 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Company:
+    """The other ranks, for the Program of one of them."""
+
+    link: Link
+    tp_size: int
+    num_on_machine: int
+    """Ranks that share the cores and the memory of one machine, each with its share of the threads"""
+
+
 class Predictor:
     """Owns a fused Program with what is known about the machine that shall run it."""
 
     def __init__(
-        self, program: Program, layout: CacheLayout, limits: MachineLimits, rates: KernelRates | None
+        self,
+        program: Program,
+        layout: CacheLayout,
+        limits: MachineLimits,
+        rates: KernelRates | None,
+        company: Company | None = None,
     ) -> None:
         self.program = program
+        self._company = company
+        self._num_on_machine = 1 if company is None else company.num_on_machine
         self.limits = limits
         self._layout = layout
         self._kv_token_bytes = layout.num_bytes // (layout.num_layers * layout.num_slots)
@@ -77,11 +95,19 @@ class Predictor:
 
     @classmethod
     def for_model(
-        cls, model: LoadedModel, config: EngineConfig, limits: MachineLimits, rates: KernelRates | None = None
+        cls,
+        model: LoadedModel,
+        config: EngineConfig,
+        limits: MachineLimits,
+        rates: KernelRates | None = None,
+        *,
+        layout: CacheLayout | None = None,
+        company: Company | None = None,
     ) -> Predictor:
         """For the native executor with the settings of `config`, resolved or not. Reads no weights.
 
-        Raises ConfigError where the settings cannot run on native, for which alone there are rates.
+        For a rank: its shard of the model, the `layout` of its cache, and the others. Raises ConfigError
+        where the settings cannot run on native, for which alone there are rates.
         """
         resolved = config.resolve(model.config, unavailable={})
         if rates is not None and resolved.executor != "native":
@@ -90,9 +116,12 @@ class Predictor:
             )
         assert resolved.max_model_len
         weights = stored_weights(resolved, model) if resolved.executor == "native" else model.weights
-        recorded = record_decoder(model.config, weights, max_model_len=resolved.max_model_len)
-        program = fuse(recorded, rules_named(resolved.fusion)) if resolved.executor == "native" else recorded
-        return cls(program, plan_cache(resolved, model.config), limits, rates)
+        program = record_decoder(
+            model.config, weights, max_model_len=resolved.max_model_len, shard=model.shard
+        )
+        if resolved.executor == "native":
+            program = fuse(program, rules_named(resolved.fusion))
+        return cls(program, layout or plan_cache(resolved, model.config), limits, rates, company)
 
     def step_s(
         self, sequences: Sequence[tuple[int, int]], num_logits: int, num_shared_keys: int = 0
@@ -113,10 +142,11 @@ class Predictor:
         return self._known[key]
 
     def _step_s(self, shape: StepShape) -> float:
-        total = 0.0
-        for estimate in self.estimates(shape):
-            total += estimate.bound_s if estimate.predicted_s is None else estimate.predicted_s
-        return total + self.overhead_s(shape)
+        return self.ops_s(shape) + self.overhead_s(shape)
+
+    def ops_s(self, shape: StepShape) -> float:
+        """Seconds of all instructions together."""
+        return sum(e.bound_s if e.predicted_s is None else e.predicted_s for e in self.estimates(shape))
 
     def overhead_s(self, shape: StepShape) -> float:
         """Seconds of a step outside of the kernels."""
@@ -144,29 +174,43 @@ class Predictor:
         found = []
         for name, count in self._kinds.items():
             instruction = self._examples[name]
+            if instruction.opcode in COLLECTIVES:
+                found.append(self._exchange(name, count, shape))
+                continue
             num_bytes = self.program.instruction_bytes(
                 instruction, shape, kv_token_bytes=self._kv_token_bytes
             )
             flops = self.program.instruction_flops(instruction, shape)
             memory_s, compute_s = self._bound(instruction, shape, num_bytes, flops)
             predicted = self._predict(instruction, shape, num_bytes) if self._rates is not None else None
+            times = count * self._num_on_machine
             found.append(
                 OpEstimate(
                     name=name,
                     count=count,
                     num_bytes=count * num_bytes,
                     flops=count * flops,
-                    bound_s=count * max(memory_s, compute_s),
-                    predicted_s=None if predicted is None else count * predicted,
+                    bound_s=times * max(memory_s, compute_s),
+                    predicted_s=None if predicted is None else times * predicted,
                     is_compute_bound=compute_s > memory_s,
                 )
             )
         return found
 
+    def _exchange(self, name: str, count: int, shape: StepShape) -> OpEstimate:
+        """Instructions that wait for other ranks: bytes that go over the link, and what that takes."""
+        assert self._company is not None, "a Program of a rank is predicted with its company"
+        instruction = self._examples[name]
+        num_bytes = self.program.message_bytes(instruction, shape)
+        seconds = count * self._company.link.seconds(instruction.opcode, num_bytes, self._company.tp_size)
+        predicted_s = None if self._rates is None else seconds
+        return OpEstimate(name, count, count * num_bytes, 0, seconds, predicted_s, is_compute_bound=False)
+
     def _step_bytes(self, shape: StepShape) -> int:
-        """Weights, and the pages of the step's sequences."""
+        """Weights, and the pages of the step's sequences, of all ranks that share the machine's caches."""
         num_keys = max(sum(length for _, length in shape.sequences) - shape.num_shared_keys, 0)
-        return self._model_bytes + num_keys * self._layout.num_layers * self._kv_token_bytes
+        own = self._model_bytes + num_keys * self._layout.num_layers * self._kv_token_bytes
+        return own * self._num_on_machine
 
     def _bound(
         self, instruction: Instruction, shape: StepShape, num_bytes: int, flops: int

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 
 import ridgeline
 from ridgeline.engine.async_engine import AsyncEngine
-from ridgeline.errors import EngineDeadError, ModelNotFoundError, RequestError, RidgelineError
+from ridgeline.errors import EngineDeadError, ModelNotFoundError, RankError, RequestError, RidgelineError
 from ridgeline.request import RequestOutput
 from ridgeline.sampling_params import SamplingParams
 from ridgeline.server.metrics import Metrics
@@ -44,6 +44,7 @@ from ridgeline.server.tokenize import tokenizer_routes
 STATUS: dict[type[Exception], tuple[int, str, str | None]] = {
     ModelNotFoundError: (404, "invalid_request_error", "model_not_found"),
     EngineDeadError: (503, "server_error", "engine_dead"),
+    RankError: (503, "server_error", "rank_lost"),
     RidgelineError: (400, "invalid_request_error", None),
 }
 """Error -> HTTP status, OpenAI's type and code."""

@@ -9,9 +9,12 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
+from ridgeline.config import ParallelConfig
+from ridgeline.distributed.groups import RankPlace
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.models.decoder import record_decoder
+from ridgeline.models.shard import shard_model
 from ridgeline.ops.batch import ForwardBatch
 from ridgeline.ops.fuse import RULES, fuse
 from ridgeline.ops.native import NativeProgram
@@ -39,6 +42,39 @@ def test_text_is_the_recorded_one(name):
     if os.environ.get("RIDGELINE_UPDATE_GOLDEN"):
         file.write_text(text)
     assert text == file.read_text()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [RankPlace(0, 2, 0, 1), RankPlace(1, 2, 0, 1), RankPlace(0, 1, 0, 2), RankPlace(0, 1, 1, 2)],
+    ids=["tp2_rank0", "tp2_rank1", "pp2_stage0", "pp2_stage1"],
+)
+def test_text_of_a_rank_is_the_recorded_one(place, request):
+    """Twice a layer a sum, the embedding and the head by rows of the vocabulary, messages between stages."""
+    shard = shard_model(tiny_model("llama"), place)
+    program = record_decoder(shard.config, shard.weights, max_model_len=128, shard=shard.shard)
+    file = Path(__file__).parent / f"program_llama_{request.node.callspec.id}.txt"
+    text = f"{program.text()}\n{program.communication_bytes(StepShape.decode(1, 50))} bytes a decoded token\n"
+    if os.environ.get("RIDGELINE_UPDATE_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text()
+
+
+def test_parts_of_a_model_do_the_work_of_the_whole():
+    """FLOPs add up, and so do weight bytes but for the vectors that every rank has."""
+    model = tiny_model("sinks")
+    whole = record_decoder(model.config, model.weights, max_model_len=128)
+    vectors = sum(w.num_bytes for w in whole.weights if len(w.shape) == 1)
+    for tp_size, pp_size in ((2, 1), (3, 1), (1, 2), (4, 2)):
+        programs = []
+        for rank in range(tp_size * pp_size):
+            place = RankPlace.of(rank, ParallelConfig(tp_size=tp_size, pp_size=pp_size))
+            shard = shard_model(model, place)
+            programs.append(record_decoder(shard.config, shard.weights, max_model_len=128, shard=shard.shard))
+        for shape in (StepShape.prefill(50), StepShape.decode(3, 61)):
+            assert sum(p.flops(shape) for p in programs) == whole.flops(shape)
+        repeated = (tp_size - 1) * vectors
+        assert sum(p.weight_bytes() for p in programs) == whole.weight_bytes() + repeated
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

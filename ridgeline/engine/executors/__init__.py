@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ridgeline.config import EngineConfig, Executor
+from ridgeline.distributed.groups import Shard
 from ridgeline.engine.sampler import sample_plan
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.errors import ConfigError
@@ -31,6 +32,9 @@ FACTORIES: dict[Executor, str] = {
     "eager": "ridgeline.engine.executors.eager:EagerExecutor",
     "compiled": "ridgeline.engine.executors.compiled:CompiledExecutor",
 }
+
+
+PARALLEL = "ridgeline.engine.executors.parallel:ParallelExecutor"
 
 
 class StepHandle(Protocol):
@@ -50,6 +54,10 @@ class ModelExecutor(Protocol):
         """Logits [L, V] of one batch; float32, or float64 where the executor computes in it."""
         ...
 
+    def restart(self) -> None:
+        """Begin anew with empty caches after a RankError, which only executors with ranks raise."""
+        ...
+
     def close(self) -> None:
         """Give back threads and memory. Idempotent."""
         ...
@@ -65,10 +73,12 @@ class FinishedStep:
         return self.sampled
 
 
-def run_plan(executor: ModelExecutor, plan: StepPlan, *, block_size: int) -> FinishedStep:
-    """Lay out the batch, compute its logits, sample from them."""
-    batch = ForwardBatch.from_rows(plan.rows, block_size=block_size)
-    return FinishedStep(sample_plan(executor.forward(batch), plan.rows))
+def run_plan(
+    executor: ModelExecutor, plan: StepPlan, *, block_size: int, shard: Shard | None = None
+) -> FinishedStep:
+    """Lay out the batch, compute its logits, sample from them; of several ranks one samples."""
+    logits = executor.forward(ForwardBatch.from_rows(plan.rows, block_size=block_size))
+    return FinishedStep(sample_plan(logits, plan.rows) if shard is None or shard.place.samples else {})
 
 
 def unavailable_executors() -> dict[Executor, str]:
@@ -85,8 +95,9 @@ def unavailable_executors() -> dict[Executor, str]:
 
 
 def make_executor(config: EngineConfig, model: LoadedModel, layout: CacheLayout) -> ModelExecutor:
-    """The executor that a resolved config names."""
+    """The executor that a resolved config names; over several ranks, what drives them."""
     assert config.executor is not None
-    module, _, name = FACTORIES[config.executor].partition(":")
+    factory = FACTORIES[config.executor] if config.parallel.world_size == 1 else PARALLEL
+    module, _, name = factory.partition(":")
     executor: ModelExecutor = getattr(importlib.import_module(module), name)(config, model, layout)
     return executor

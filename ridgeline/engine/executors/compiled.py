@@ -16,13 +16,16 @@ import numpy.typing as npt
 import torch
 
 from ridgeline.config import EngineConfig
+from ridgeline.distributed.collectives import Collectives
+from ridgeline.distributed.groups import ALONE
 from ridgeline.engine.executors import FinishedStep, run_plan
-from ridgeline.engine.executors.eager import logits_to_numpy, prepare_torch
+from ridgeline.engine.executors.eager import logits_of, prepare_torch
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.models.decoder import bind_decoder, decoder
 from ridgeline.models.load import LoadedModel
 from ridgeline.ops.batch import ForwardBatch
+from ridgeline.ops.exchange import Exchange, exchange_over
 from ridgeline.ops.torch_ops import TorchBatch, TorchOps, paged_attention, store_kv
 
 MIN_ROWS = 2
@@ -68,6 +71,55 @@ def _(q: torch.Tensor, *_: object) -> torch.Tensor:
     return torch.empty_like(q)
 
 
+_EXCHANGES: list[Exchange] = []
+"""Custom ops take numbers, no objects: an executor's ranks are known by their place in this list."""
+
+
+@torch.library.custom_op("ridgeline::all_reduce", mutates_args=())
+def _all_reduce(x: torch.Tensor, number: int) -> torch.Tensor:
+    return _EXCHANGES[number].all_reduce(x)
+
+
+@_all_reduce.register_fake
+def _(x: torch.Tensor, number: int) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("ridgeline::all_gather", mutates_args=())
+def _all_gather(x: torch.Tensor, number: int, columns: int) -> torch.Tensor:
+    return _EXCHANGES[number].all_gather(x, columns=columns)
+
+
+@_all_gather.register_fake
+def _(x: torch.Tensor, number: int, columns: int) -> torch.Tensor:
+    return x.new_empty(x.shape[0], columns)
+
+
+class _GraphExchange:
+    """An `Exchange` inside of a graph. What comes from and goes to other stages is its input and its output,
+    so that sending and receiving stay outside."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._number = len(_EXCHANGES)
+        _EXCHANGES.append(exchange)
+        self.received: torch.Tensor | None = None
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        total: torch.Tensor = _all_reduce(x, self._number)
+        return total
+
+    def all_gather(self, x: torch.Tensor, *, columns: int) -> torch.Tensor:
+        whole: torch.Tensor = _all_gather(x, self._number, columns)
+        return whole
+
+    def send(self, x: torch.Tensor) -> None:
+        pass
+
+    def receive(self, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        assert self.received is not None
+        return self.received
+
+
 def _num_graphs() -> int:
     """Graphs that Dynamo has made in this process."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
@@ -89,13 +141,22 @@ class CompileStats:
 
 
 class CompiledExecutor:
-    """Owns the torch weights and pages, and the compiled step."""
+    """Owns the torch weights and pages of a model or of a rank's part, and the compiled step."""
 
-    def __init__(self, config: EngineConfig, model: LoadedModel, layout: CacheLayout) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: LoadedModel,
+        layout: CacheLayout,
+        collectives: Collectives | Exchange | None = None,
+    ) -> None:
         assert config.dtype and config.device and config.attention and config.max_model_len
         prepare_torch(config)
         self._device = config.device
         self._layout = layout
+        self._shard, self._hidden_size = model.shard, model.config.hidden_size
+        self._exchange = exchange_over(collectives, config.device)
+        in_graph = None if self._exchange is None else _GraphExchange(self._exchange)
         self._max_num_seqs = config.scheduler.max_num_seqs
         self._max_num_blocks = -(-config.max_model_len // layout.block_size)
         self.ops = TorchOps(
@@ -105,11 +166,16 @@ class CompiledExecutor:
             attention=config.attention,
             store_kv=_store_kv,
             paged_attention=_paged_attention,
+            exchange=in_graph,
         )
-        weights = bind_decoder(self.ops, model.config, model.weights, max_model_len=config.max_model_len)
+        weights = bind_decoder(
+            self.ops, model.config, model.weights, max_model_len=config.max_model_len, shard=model.shard
+        )
 
-        def step(batch: TorchBatch) -> torch.Tensor:
-            return decoder(self.ops, model.config, weights, batch)
+        def step(batch: TorchBatch, received: torch.Tensor | None) -> torch.Tensor:
+            if in_graph is not None:
+                in_graph.received = received
+            return decoder(self.ops, model.config, weights, batch, model.shard)
 
         self._graphs_before, self._breaks_before = _num_graphs(), _num_breaks()
         # dynamic=True would make the integers of the config symbolic too, and torch 2.13 then answers
@@ -129,15 +195,21 @@ class CompiledExecutor:
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> npt.NDArray[np.floating]:
-        num_logits = len(batch.logit_rows)
         tensors = TorchBatch.from_host(self._padded(batch), self._device)
         for tensor in (tensors.token_ids, tensors.positions, tensors.slot_mapping, tensors.logit_rows):
             torch._dynamo.mark_dynamic(tensor, 0)
+        place = ALONE if self._shard is None else self._shard.place
+        received = None
+        if self._exchange is not None and not place.is_first_stage:
+            received = self._exchange.receive(len(tensors.token_ids), self._hidden_size, self.ops.dtype)
+            torch._dynamo.mark_dynamic(received, 0)
         graphs, started = _num_graphs(), time.perf_counter()
-        logits = self._step(tensors)
+        output = self._step(tensors, received)
         if _num_graphs() > graphs:
             self._compile_s += time.perf_counter() - started
-        return logits_to_numpy(logits)[:num_logits]
+        if self._exchange is not None and not place.is_last_stage:
+            self._exchange.send(output)
+        return logits_of(output, batch, self._shard)
 
     def _padded(self, batch: ForwardBatch) -> ForwardBatch:
         """Fixed sizes for the tables, at least MIN_ROWS for tokens and logit rows.
@@ -167,7 +239,10 @@ class CompiledExecutor:
         )
 
     def submit(self, plan: StepPlan) -> FinishedStep:
-        return run_plan(self, plan, block_size=self._layout.block_size)
+        return run_plan(self, plan, block_size=self._layout.block_size, shard=self._shard)
+
+    def restart(self) -> None:
+        raise AssertionError("an executor without ranks loses none")
 
     def close(self) -> None:
         pass

@@ -7,6 +7,8 @@ import numpy.typing as npt
 import torch
 
 from ridgeline.config import EngineConfig
+from ridgeline.distributed.collectives import Collectives
+from ridgeline.distributed.groups import Shard
 from ridgeline.engine.executors import FinishedStep, run_plan
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.errors import ConfigError
@@ -14,6 +16,7 @@ from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.models.decoder import bind_decoder, decoder
 from ridgeline.models.load import LoadedModel
 from ridgeline.ops.batch import ForwardBatch
+from ridgeline.ops.exchange import Exchange, exchange_over
 from ridgeline.ops.torch_ops import TorchBatch, TorchOps
 
 
@@ -25,6 +28,14 @@ def prepare_torch(config: EngineConfig) -> None:
         torch.set_num_threads(config.num_threads)
 
 
+def logits_of(output: torch.Tensor, batch: ForwardBatch, shard: Shard | None) -> npt.NDArray[np.floating]:
+    """The decoder's output as logits [L, V], without columns in a stage that is not the last."""
+    num_logits = len(batch.logit_rows)
+    if shard is not None and not shard.place.is_last_stage:
+        return np.empty((num_logits, 0), np.float32)
+    return logits_to_numpy(output[:num_logits])
+
+
 def logits_to_numpy(logits: torch.Tensor) -> npt.NDArray[np.floating]:
     """float64 stays, everything else becomes float32 on the CPU."""
     wanted = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -32,26 +43,43 @@ def logits_to_numpy(logits: torch.Tensor) -> npt.NDArray[np.floating]:
 
 
 class EagerExecutor:
-    """Owns the torch weights and pages of one model."""
+    """Owns the torch weights and pages of one model, or of one rank's part of it."""
 
-    def __init__(self, config: EngineConfig, model: LoadedModel, layout: CacheLayout) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: LoadedModel,
+        layout: CacheLayout,
+        collectives: Collectives | Exchange | None = None,
+    ) -> None:
+        """`collectives`: of a rank, on numpy arrays for the CPU and on tensors for CUDA."""
         assert config.dtype and config.device and config.attention and config.max_model_len
         prepare_torch(config)
-        self._model_config = model.config
+        self._model_config, self._shard = model.config, model.shard
         self._device = config.device
         self._block_size = layout.block_size
-        self.ops = TorchOps(layout, dtype=config.dtype, device=config.device, attention=config.attention)
+        self.ops = TorchOps(
+            layout,
+            dtype=config.dtype,
+            device=config.device,
+            attention=config.attention,
+            exchange=exchange_over(collectives, config.device),
+        )
         self._weights = bind_decoder(
-            self.ops, model.config, model.weights, max_model_len=config.max_model_len
+            self.ops, model.config, model.weights, max_model_len=config.max_model_len, shard=model.shard
         )
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> npt.NDArray[np.floating]:
         tensors = TorchBatch.from_host(batch, self._device)
-        return logits_to_numpy(decoder(self.ops, self._model_config, self._weights, tensors))
+        output = decoder(self.ops, self._model_config, self._weights, tensors, self._shard)
+        return logits_of(output, batch, self._shard)
 
     def submit(self, plan: StepPlan) -> FinishedStep:
-        return run_plan(self, plan, block_size=self._block_size)
+        return run_plan(self, plan, block_size=self._block_size, shard=self._shard)
+
+    def restart(self) -> None:
+        raise AssertionError("an executor without ranks loses none")
 
     def close(self) -> None:
         pass

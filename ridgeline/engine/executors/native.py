@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ridgeline.checkpoint.checkpoint import cache_directory
 from ridgeline.config import EngineConfig
+from ridgeline.distributed.collectives import Collectives
 from ridgeline.engine.executors import FinishedStep
 from ridgeline.engine.sampler import sample_plan
 from ridgeline.engine.scheduler import StepPlan
@@ -27,13 +28,23 @@ from ridgeline.quant.weight import Weight
 
 
 class NativeExecutor:
-    """Owns the Program of one model with its buffers and pages: `native`."""
+    """Owns the Program of one model, or of one rank's part of it, with its buffers and pages: `native`."""
 
-    def __init__(self, config: EngineConfig, model: LoadedModel, layout: CacheLayout) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: LoadedModel,
+        layout: CacheLayout,
+        collectives: Collectives | None = None,
+    ) -> None:
         assert config.max_model_len and config.scheduler.max_num_batched_tokens and config.attention
         self._block_size = layout.block_size
+        self._samples = model.shard is None or model.shard.place.samples
         recorded = record_decoder(
-            model.config, stored_weights(config, model), max_model_len=config.max_model_len
+            model.config,
+            stored_weights(config, model),
+            max_model_len=config.max_model_len,
+            shard=model.shard,
         )
         self.native = NativeProgram(
             fuse(recorded, rules_named(config.fusion)),
@@ -43,6 +54,7 @@ class NativeExecutor:
             num_threads=config.num_threads or len(os.sched_getaffinity(0)),
             attention=config.attention,
             packed_cache=_cache_file(config, model, recorded) if config.packed_cache else None,
+            collectives=collectives,
         )
 
     @property
@@ -59,8 +71,11 @@ class NativeExecutor:
         return self.native.step(batch)
 
     def submit(self, plan: StepPlan) -> FinishedStep:
-        batch = ForwardBatch.from_rows(plan.rows, block_size=self._block_size)
-        return FinishedStep(sample_plan(self.native.step(batch), plan.rows, self.native))
+        logits = self.native.step(ForwardBatch.from_rows(plan.rows, block_size=self._block_size))
+        return FinishedStep(sample_plan(logits, plan.rows, self.native) if self._samples else {})
+
+    def restart(self) -> None:
+        raise AssertionError("an executor without ranks loses none")
 
     def close(self) -> None:
         self.native.close()
@@ -81,4 +96,5 @@ def _cache_file(config: EngineConfig, model: LoadedModel, program: Program) -> P
         return None
     path = model.checkpoint.path
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    return cache_directory() / "packed" / cache_name(program.weights, files, config.dtype, config.load)
+    details = (config.dtype, config.load, *([] if model.shard is None else [model.shard]))
+    return cache_directory() / "packed" / cache_name(program.weights, files, *details)
