@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -241,8 +242,8 @@ def measure_process(model: str) -> int:
 
 
 def measure_rank_process() -> int:
-    """The same of a rank, which has no tokenizer."""
-    return int(_child("rank", "", {})["bytes"])
+    """The same of a rank, which has no tokenizer: one of two that share a tiny model."""
+    return max(int(peak) for peak in _child("rank", "", {})["ranks"])
 
 
 def measure_peak(model: str, options: Mapping[str, Any]) -> int:
@@ -271,13 +272,17 @@ def _run_child(what: str, model: str, options: dict[str, Any]) -> None:
     from ridgeline.engine.executors.parallel import ParallelExecutor
     from ridgeline.models.load import open_checkpoint
     from ridgeline.models.locate import locate_model
+    from ridgeline.models.synth import synthesize
     from ridgeline.profiling.probe import probe_engine
     from ridgeline.sampling_params import SamplingParams
     from ridgeline.tokenizer import load_tokenizer
 
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
     if what == "rank":
-        engine = probe_engine(num_threads=1, tokenizer=None)
+        options = {"tp_size": 2, "num_threads": 1, "kv_cache_tokens": 64, "max_model_len": 64}
+        with tempfile.TemporaryDirectory() as folder:
+            path = synthesize("tiny-llama", "Q4_0", path=Path(folder) / "tiny.gguf")
+            engine = LLMEngine.from_config(EngineConfig.from_options(str(path), **options))
         engine.add_request({"prompt_token_ids": [1, 2, 3]}, params)
     elif what == "process":
         checkpoint = open_checkpoint(locate_model(model))
