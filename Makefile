@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: help demo test check format models sanitize bench-peers bench ladder clean
+.PHONY: check-parallel help demo test check format models sanitize bench-peers bench ladder clean
 
 help:                 ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -49,6 +49,9 @@ bench: $(VENV)/.dev models  ## latency of SmolLM2 here, with intervals, and the 
 
 ladder: $(VENV)/.dev models  ## every optimisation, one at a time -> docs/ladder.md
 	$(BIN)/ridgeline ladder -m smollm2 --save-result docs/results/ladder.json --page docs/ladder.md
+
+check-parallel: $(VENV)/.dev models  ## tokens, speed and memory of several ranks -> docs/parallel.md
+	$(BIN)/python scripts/check_parallel.py tokens speed memory
 
 clean:                ## remove the environment and all build output
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
