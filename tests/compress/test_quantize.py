@@ -96,7 +96,7 @@ def test_gptq_of_the_first_input_is_gptq_of_its_exact_hessian(model, calibration
     x = exact_inputs(model, calibration)["layers.0.k_proj"]
     hessian = (2 / len(x) * x.T @ x).float()
     values = float_values(model.weights["layers.0.k_proj"])
-    expected = gptq(values, hessian, Grid(4, 32), recipe.gptq_config).groups.dequantize()
+    expected = gptq(values, hessian, recipe.grid("layers.0.k_proj"), recipe.gptq_config).groups.dequantize()
     found = result.model.weights["layers.0.k_proj"].dequantize()
     assert (found == expected).mean() > 0.99  # ties may fall to the other side
 
