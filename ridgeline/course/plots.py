@@ -1,0 +1,56 @@
+"""One look for all plots of the course: `figure()` gives axes with a title, labels and a quiet grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+COLORS = ("#1f6feb", "#e16f24", "#2da44e", "#a475f9", "#cf222e", "#6e7781")
+"""Distinct for readers with colour-blindness in this order: blue, orange, green, violet, red, grey."""
+LIMIT = "#6e7781"
+"""Of lines that show a limit or a prediction; drawn dashed."""
+_STYLE: dict[str, Any] = {
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#d0d7de",
+    "grid.linewidth": 0.6,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.labelsize": 10,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 2,
+    "lines.markersize": 5,
+    "font.size": 10,
+    "figure.dpi": 100,
+}
+
+
+def figure(
+    title: str, *, x: str = "", y: str = "", panels: int = 1, size: tuple[float, float] | None = None
+) -> tuple[Any, Any]:
+    """(figure, axes) of matplotlib in the course's style; `axes` is a list where there are several panels.
+
+    `x` and `y` are the labels, with units. With panels side by side, each gets its own title later.
+    """
+    import matplotlib.pyplot as plt
+    from matplotlib import rcParams
+    from matplotlib.rcsetup import cycler
+
+    rcParams.update(_STYLE)  # type: ignore[arg-type]
+    rcParams["axes.prop_cycle"] = cycler(color=COLORS)
+    drawing, axes = plt.subplots(1, panels, figsize=size or (7.2 if panels == 1 else 5.2 * panels, 4.0))
+    every = [axes] if panels == 1 else list(axes)
+    for axis in every:
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.set_axisbelow(True)
+    if panels == 1:
+        axes.set_title(title)
+    else:
+        drawing.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    drawing.set_layout_engine("tight")
+    return drawing, axes if panels == 1 else every
