@@ -531,19 +531,16 @@ def test_waiting_for_a_place_counts_from_the_scheduled_arrival_but_not_in_a_clos
 
 
 def test_arrivals_are_sent_when_they_are_due():
-    options = SMALL | {"num_prompts": 20}
-    for pause_s in (0, 1, 2, 4, 8):  # another guest may hold the cores for seconds
-        time.sleep(pause_s)
-        with scripted(obedient) as (url, _):
-            document = measure_serve(ServeOptions(base_url=url, request_rate=100, **options))
-        lateness_ms = document["details"]["client"]["send_lateness_ms"]["p50"]
-        if lateness_ms < 5:
-            break
+    """Although no answer is there yet: waiting for them would make the last request seconds late."""
+    with scripted(slow(0.5)) as (url, _):
+        options = SMALL | {"num_prompts": 20}
+        document = measure_serve(ServeOptions(base_url=url, request_rate=100, **options))
+    lateness_ms = document["details"]["client"]["send_lateness_ms"]["p50"]
     requests = document["details"]["requests"]
     assert [r["scheduled_s"] for r in requests] == sorted(r["scheduled_s"] for r in requests)
     assert len({r["scheduled_s"] for r in requests}) == 20
     assert all(r["sent_s"] >= r["scheduled_s"] for r in requests)
-    assert lateness_ms < 5
+    assert lateness_ms < 200, "a busy machine is late by some tens of milliseconds"
     assert document["metrics"]["ttft_ms"]["p95"] is not None
 
 
