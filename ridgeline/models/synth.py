@@ -22,10 +22,12 @@ from ridgeline.checkpoint.safetensors import write_safetensors
 from ridgeline.config import ModelConfig, RopeConfig
 from ridgeline.errors import ConfigError
 from ridgeline.models.gemma3 import LOCAL_THETA, window_layers
+from ridgeline.models.load import LoadedModel
 from ridgeline.models.registry import SPECS, expected_shapes
 from ridgeline.models.save_gguf import rope_divisors
 from ridgeline.quant.formats import FORMATS, Array, QuantFormat
 from ridgeline.quant.gguf_blocks import quantize, random_blocks
+from ridgeline.quant.weight import Weight
 
 _LLAMA3 = {"rope_type": "llama3", "theta": 500000.0, "original_max_position": 8192}
 _SIZES = ("vocab_size", "max_position", "num_layers", "hidden_size", "intermediate_size")
@@ -137,6 +139,23 @@ def preset_config(like: str, **overrides: Any) -> ModelConfig:
         if stated["window_layers"] is None:
             stated["window_layers"] = window_layers(stated["num_layers"])
     return ModelConfig(arch=arch, **_FIXED[arch], **stated)
+
+
+def describe_preset(like: str, format: str = "BF16", **overrides: Any) -> LoadedModel:
+    """What `describe_model` would say of such a model, without writing it: for plans and predictions.
+
+    Matrices have `format` (FALLBACKS where it does not fit), vectors are F32. Raises ConfigError.
+    """
+    config = preset_config(like, **overrides)
+    if format not in FORMATS:
+        raise ConfigError(f"format={format!r}: expected one of {', '.join(FORMATS)}")
+    weights = {
+        name: Weight(name, _fitting(FORMATS[format], shape), shape, {})
+        for name, shape in expected_shapes(config).items()
+    }
+    if config.tie_embeddings:
+        weights["lm_head"] = weights["embed_tokens"]
+    return LoadedModel(config, weights, None)
 
 
 def _write_gguf(path: Path, config: ModelConfig, fmt: QuantFormat, *, name: str, seed: int) -> None:

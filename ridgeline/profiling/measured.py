@@ -5,6 +5,7 @@ Prompts are of tokens of their own, so that the prefix cache never hits; answers
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections import defaultdict
@@ -25,20 +26,24 @@ MIN_REPEATS = 5
 DECODE_STEPS = 24
 
 
-def measure_ops(engine: LLMEngine, shape: StepShape) -> dict[str, float]:
+def measure_ops(engine: LLMEngine, shape: StepShape, *, scatter_seed: int | None = None) -> dict[str, float]:
     """Median seconds of each kind of instruction in a step of this shape, by `kind_of`.
 
-    Raises ConfigError where the engine is not native or its cache is too small.
+    scatter_seed: blocks from all over the cache, as after hours of requests that came and went; None: side
+    by side. Raises ConfigError where the engine is not native or its cache is too small.
     """
     if not isinstance(engine.executor, NativeExecutor):
         raise ConfigError(f"executor={engine.config.executor!r}: ops are timed on 'native' only")
     native, block_size = engine.executor.native, engine.layout.block_size
+    order = list(range(engine.layout.num_blocks))
+    if scatter_seed is not None:
+        random.Random(scatter_seed).shuffle(order)
     rows, used = [], 0
     for i, (num_new, seq_len) in enumerate(shape.sequences):
         blocks = -(-seq_len // block_size)
         num_logits = int(i < shape.num_logits)
         token_ids = tuple(range(1, num_new + 1))
-        rows.append(Row(token_ids, seq_len - num_new, tuple(range(used, used + blocks)), num_logits))
+        rows.append(Row(token_ids, seq_len - num_new, tuple(order[used : used + blocks]), num_logits))
         used += blocks
     if used > engine.layout.num_blocks:
         raise ConfigError(f"this step needs {used} blocks, the cache has {engine.layout.num_blocks}")

@@ -13,7 +13,9 @@ from ridgeline.cli.main import main
 from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine
 from ridgeline.ops.native import EVENT_BUSY, EVENT_OP, EVENT_WAIT
+from ridgeline.ops.program import StepShape
 from ridgeline.profiling.breakdown import break_down
+from ridgeline.profiling.measured import measure_ops
 from ridgeline.profiling.trace import record_requests, trace
 from ridgeline.sampling_params import SamplingParams
 from tests.tiny import tiny_model
@@ -154,6 +156,23 @@ def test_ops_account_for_the_native_step_of_the_real_model():
         b = break_down(recorded, phase, None)
         assert b.ops_s / b.forward_s >= 0.95, f"{phase}: {b.ops_s / b.forward_s:.3f}"
         assert len(b.threads) == len(os.sched_getaffinity(0))
+
+
+def test_ops_are_timed_on_blocks_side_by_side_or_from_all_over(monkeypatch):
+    monkeypatch.setattr("ridgeline.profiling.measured.OP_SECONDS", 0.0)
+    llm = engine(kv_cache_tokens=1024, num_threads=1)
+    tables, step = [], llm.executor.native.step
+    monkeypatch.setattr(
+        llm.executor.native,
+        "step",
+        lambda batch: (tables.append(batch.block_tables.tolist()), step(batch))[1],
+    )
+    shape = StepShape.decode(2, 128)
+    assert measure_ops(llm, shape).keys() == measure_ops(llm, shape, scatter_seed=1).keys()
+    llm.close()
+    assert tables[0] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    scattered = sum(tables[-1], [])
+    assert len(set(scattered)) == 8 and scattered != sorted(scattered) and max(scattered) < 32
 
 
 def test_the_command_ends_with_one_document(capsys, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from ridgeline.cli.terminal import read_bytes
 from ridgeline.config import EngineConfig
 from ridgeline.errors import CheckpointError, ConfigError
 from ridgeline.models.load import describe_model, load_model
-from ridgeline.models.synth import synthesize
+from ridgeline.models.synth import describe_preset, synthesize
 from ridgeline.profiling.plan import in_format, measure_peak, measure_process, plan_memory
 
 OPTIONS = {"max_num_seqs": 4, "max_model_len": 256, "kv_cache_tokens": 1024}
@@ -52,6 +53,19 @@ def test_a_config_is_enough(tmp_path):
     alone = describe_model(tmp_path / "hf" / "config.json")
     assert alone.config == whole.config
     assert {w.format.name for w in alone.weights.values()} == {"BF16"}
+
+
+@pytest.mark.parametrize("like", ["tiny-llama", "tiny-gemma3", "smollm2-135m"])
+def test_a_preset_needs_no_file(like, tmp_path):
+    small = {"num_layers": 2, "vocab_size": 512}
+    written = describe_model(synthesize(like, "Q4_0", path=tmp_path / "m.gguf", **small))
+    described = describe_preset(like, "Q4_0", **small)
+    rounded = replace(described.config, norm_eps=written.config.norm_eps)  # float32 in the file
+    assert rounded == written.config
+    shown = [{n: (w.format.name, w.shape) for n, w in m.weights.items()} for m in (written, described)]
+    assert shown[0] == shown[1]
+    with pytest.raises(ConfigError, match="format"):
+        describe_preset(like, "Q9_9")
 
 
 def test_weights_and_cache_are_what_the_engine_allocates(model_path):
