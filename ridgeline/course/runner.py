@@ -50,9 +50,9 @@ def run_notebook(code: str, *, profile: Profile = "fast", save: bool = False, be
     purpose). Nothing is saved from a run with problems. Raises ConfigError without the `course` extra.
     """
     try:
-        from jupyter_client.manager import AsyncKernelManager
         from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
+        from traitlets.config import Config
     except ImportError:
         raise ConfigError("notebooks need the course extra: pip install 'ridgeline[course]'") from None
     entry = notebook(code)
@@ -62,8 +62,8 @@ def run_notebook(code: str, *, profile: Profile = "fast", save: bool = False, be
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder, _variables({PROFILE: profile, RESULTS: folder}):
         place = {"metadata": {"path": folder}}
-        kernels = AsyncKernelManager(kernel_name="python3", transport="ipc", ip=f"{folder}/kernel")
-        client = NotebookClient(book, km=kernels, timeout=2 * LIMIT_S[profile], resources=place)
+        files = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
+        client = NotebookClient(book, config=files, timeout=2 * LIMIT_S[profile], resources=place)
         started = time.monotonic()
         try:
             client.execute()
@@ -92,7 +92,7 @@ def read_source(entry: Notebook) -> Any:
     if not path.exists():
         raise ConfigError(f"{path} does not exist: this notebook is not written yet")
     book = jupytext.read(path, fmt="py:percent")
-    book.cells.insert(0, _markdown_cell(header(entry)))
+    book.cells = [_markdown_cell(header(entry)), *(cell for cell in book.cells if cell.source.strip())]
     _clean(book)
     return book
 

@@ -55,8 +55,8 @@ def test_a_good_run_is_saved_without_its_wrong_answers(checkout, monkeypatch):
     monkeypatch.setattr(runner, "_form_problems", lambda entry, results: [])
     ran = run(checkout, SOURCE.format(value=2), save=True)
     assert ran.problems == ()
-    book = json.loads((checkout / "notebooks/INF-10.ipynb").read_text())
-    text = json.dumps(book)
+    text = (checkout / "notebooks/INF-10.ipynb").read_text()
+    book = json.loads(text)
     assert "hidden = 1" not in text and "INF-10 · KV Cache Implementation" in text and "image/png" in text
     assert book["cells"][-1]["metadata"]["jupyter"]["source_hidden"] is True
     kept = json.loads((checkout / "notebooks/results/INF-10.json").read_text())
