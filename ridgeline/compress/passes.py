@@ -108,6 +108,10 @@ class Stream:
         self._chunks = None
 
 
+class _Enough(Exception):
+    """All layers that were asked for are done; unwinds the decoder, which knows no layers to stop at."""
+
+
 class Handle:
     """A weight by reference: its float values exist between the first use and `release`."""
 
@@ -180,18 +184,31 @@ class CalibrationPass:
         self._key_values: tuple[Stream, Stream] | None = None
         self._visited: set[str] = set()
         self._skip_to = 0
+        self._end: int | None = None
         self._state: npt.NDArray[np.float32] | None = None
         self._num_done = 0
         self._num_steps = config.num_layers * len(GROUPS) + 1
 
     @torch.no_grad()
-    def run(self, *, first_layer: int = 0, state: npt.NDArray[np.float32] | None = None) -> None:
+    def run(
+        self,
+        *,
+        first_layer: int = 0,
+        state: npt.NDArray[np.float32] | None = None,
+        num_layers: int | None = None,
+    ) -> None:
         """Go through the model. `first_layer` and its input `state` [tokens, C] continue an earlier pass,
-        whose weights are those of the model that was given."""
+        whose weights are those of the model that was given. `num_layers`: stop behind so many layers."""
         self._skip_to, self._state = first_layer, state
         self._num_done = first_layer * len(GROUPS)
+        self._end = num_layers
+        if num_layers is not None:
+            self._num_steps = num_layers * len(GROUPS)
         handles = bind_decoder(self, self._model.config, self.weights, max_model_len=self._length)
-        decoder(self, self._model.config, handles, None)
+        try:
+            decoder(self, self._model.config, handles, None)
+        except _Enough:
+            return
 
     # What the decoder calls, in the order of `ops.interface`.
 
@@ -327,6 +344,8 @@ class CalibrationPass:
             self._visitor.finish_layer(
                 index - 1, lambda: torch.cat([residual.chunk(c) for c in range(num_chunks)]).numpy()
             )
+        if index == self._end:
+            raise _Enough
 
     def _visit(self, x: Stream, name: str) -> None:
         prefix, _, kind = name.rpartition(".")

@@ -48,30 +48,44 @@ def quantize_model(
     imatrix: Mapping[str, npt.NDArray[np.float32]] | None = None,
     on_progress: Progress | None = None,
     work_dir: Path | None = None,
+    num_layers: int | None = None,
 ) -> QuantizedModel:
     """Quantize by a recipe. With calibration, errors of the layers' outputs are measured for every recipe.
 
     `imatrix`: mean x² of input columns by canonical name, for GGUF recipes instead of calibration.
     `work_dir`: finished layers are kept there, and a run that was killed continues where it was, to the same
-    bits. Raises ConfigError where the recipe needs calibration and there is none, and for a group size that
-    does not divide a row.
+    bits. `num_layers`: only the linears of the first so many layers, for experiments that are to take
+    seconds; not for GGUF, mixed or trained recipes, which look at the whole model.
+
+    Raises ConfigError where the recipe needs calibration and there is none, and for a group size that does
+    not divide a row.
     """
     started = time.perf_counter()
     if calibration is None and recipe.needs_calibration:
         raise ConfigError(f"recipe {recipe.name!r} needs calibration tokens, and none were given")
+    if num_layers is not None and (recipe.gguf_mix or recipe.is_mixed or recipe.tune_steps or work_dir):
+        raise ConfigError(
+            f"num_layers={num_layers} with recipe {recipe.name!r}: only recipes that treat every layer "
+            "alike, without a work directory, can be stopped after some layers"
+        )
     seconds: dict[str, float] = {}
     if recipe.gguf_mix is not None:
         result = _quantize_gguf(model, recipe.gguf_mix, calibration, imatrix, on_progress)
     else:
         _check_groups(model, recipe)
-        result = _quantize_groups(model, recipe, calibration, on_progress, work_dir, seconds)
+        result = _quantize_groups(model, recipe, calibration, on_progress, work_dir, seconds, num_layers)
     seconds["total"] = time.perf_counter() - started
     return replace(result, seconds=seconds)
 
 
-def linear_names(model: LoadedModel) -> list[str]:
-    """Canonical names of the linears of all layers."""
-    return [name for name in model.weights if name.startswith("layers.") and name.endswith("_proj")]
+def linear_names(model: LoadedModel, *, num_layers: int | None = None) -> list[str]:
+    """Canonical names of the linears of all layers, or of the first so many."""
+    names = [name for name in model.weights if name.startswith("layers.") and name.endswith("_proj")]
+    if num_layers is None:
+        return names
+    if not 1 <= num_layers <= model.config.num_layers:
+        raise ConfigError(f"num_layers={num_layers}: expected 1 to {model.config.num_layers}")
+    return [name for name in names if int(name.split(".")[1]) < num_layers]
 
 
 def importance(
@@ -124,6 +138,7 @@ def _quantize_groups(
     on_progress: Progress | None,
     work_dir: Path | None,
     seconds: dict[str, float],
+    num_layers: int | None,
 ) -> QuantizedModel:
     began = time.perf_counter()
     weights, report = _quantize_tables(model, recipe)
@@ -140,7 +155,7 @@ def _quantize_groups(
         }
         directory = WorkDirectory(work_dir, identity)
 
-    grids = {name: recipe.grid(name) for name in linear_names(model)}
+    grids = {name: recipe.grid(name) for name in linear_names(model, num_layers=num_layers)}
     if recipe.is_mixed:
         began = time.perf_counter()
         grids = _allocated(model, recipe, calibration, on_progress, directory)
@@ -160,7 +175,7 @@ def _quantize_groups(
         quantizer = LinearQuantizer(model, recipe, grids, directory)
         first_layer, state = quantizer.resume()
         pass_ = CalibrationPass(quantizer.model, calibration, quantizer, on_progress=on_progress)
-        pass_.run(first_layer=first_layer, state=state)
+        pass_.run(first_layer=first_layer, state=state, num_layers=num_layers)
         model = assembled(model, pass_.weights)
         report += quantizer.report
     seconds["linears"] = time.perf_counter() - began

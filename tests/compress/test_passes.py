@@ -8,8 +8,9 @@ import torch
 
 from ridgeline.compress import passes
 from ridgeline.compress.calibration import calibration_tokens
+from ridgeline.compress.inputs import inputs_of
 from ridgeline.compress.passes import CalibrationPass, float_values
-from ridgeline.errors import RequestError
+from ridgeline.errors import ConfigError, RequestError
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.models.decoder import bind_decoder, decoder
 from ridgeline.models.load import load_model
@@ -227,3 +228,23 @@ def test_a_short_text_is_used_whole_or_refused(tokenizer, tmp_path):
         calibration_tokens(tokenizer, num_samples=1, length=num_tokens + 1, text=text)
     with pytest.raises(RequestError, match="at least one"):
         calibration_tokens(tokenizer, num_samples=0, length=8, text=text)
+
+
+def test_a_pass_that_ends_early_saw_what_the_whole_one_sees():
+    model, calibration = make_model("llama"), make_calibration()
+    whole, _ = run(model, calibration)
+    first, pass_ = run(model, calibration, num_layers=1)
+    assert {names[0].split(".")[1] for names in first.inputs} == {"0"}
+    assert sorted(first.residuals) == [0]
+    for names, inputs in first.inputs.items():
+        assert torch.equal(inputs.hessian, whole.inputs[names].hessian)
+
+    found = inputs_of(model, calibration, ["layers.0.up_proj", "layers.0.gate_proj"])
+    assert list(found) == ["layers.0.up_proj", "layers.0.gate_proj"]
+    assert found["layers.0.up_proj"] is found["layers.0.gate_proj"]
+    expected = whole.inputs["layers.0.gate_proj", "layers.0.up_proj"]
+    assert torch.equal(found["layers.0.up_proj"].hessian, expected.hessian)
+    assert inputs_of(model, calibration, []) == {}
+    for wrong in ("lm_head", "layers.9.q_proj", "layers.0.input_norm"):
+        with pytest.raises(ConfigError, match="no linear of this model"):
+            inputs_of(model, calibration, [wrong])

@@ -275,3 +275,29 @@ def test_a_work_directory_of_another_run_is_refused(model, calibration, tmp_path
     (tmp_path / "other" / "letter.txt").write_text("dear")
     with pytest.raises(ConfigError, match="is not empty"):
         quantize_model(model, small("gptq-int4-g64"), calibration=calibration, work_dir=tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", ["rtn-int4-g64", "gptq-int4-g64", "awq-int4-g64"])
+def test_the_first_layers_alone_are_quantized_as_in_the_whole_model(name, model, calibration):
+    recipe = small(name, head_format="keep")
+    tokens = calibration if recipe.needs_calibration else None
+    whole = quantize_model(model, recipe, calibration=tokens).model.weights
+    part = quantize_model(model, recipe, calibration=tokens, num_layers=1)
+    touched = set(linear_names(model, num_layers=1))
+    assert touched and touched < set(linear_names(model))
+    for weight_name, weight in part.model.weights.items():
+        if weight_name in touched:
+            assert weight.format is whole[weight_name].format
+            assert np.array_equal(weight.data, whole[weight_name].data)
+        elif not weight_name.startswith("layers.0."):
+            assert weight is model.weights[weight_name]
+    assert {entry.name for entry in part.report} - {"embed_tokens", "lm_head"} == touched
+
+
+def test_layers_are_counted_only_where_that_means_something(model, calibration):
+    for name in ("best-int4", "Q4_0"):
+        with pytest.raises(ConfigError, match="num_layers=1"):
+            quantize_model(model, recipe_named(name), calibration=calibration, num_layers=1)
+    for number in (0, model.config.num_layers + 1):
+        with pytest.raises(ConfigError, match="num_layers"):
+            quantize_model(model, small("rtn-int4-g64"), num_layers=number)
