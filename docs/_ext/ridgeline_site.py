@@ -1,0 +1,107 @@
+"""What the site adds to Sphinx: pages filled in from committed results, links for codes of notebooks.
+
+Pages named in `ridgeline_templates` are Jinja templates over `pages.py`, `reference.py` and `results.py`. A
+figure that no committed file holds is an error, so none on the site was typed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import jinja2
+import pages
+import reference
+import results
+from sphinx.application import Sphinx
+
+from ridgeline.course.catalog import NOTEBOOKS
+
+_CODE = re.compile(r"(?<![\w`\[/(.-])INF-\d\d(?![\w`\]-]|\.\w)")
+_FENCED = re.compile(r"^(?P<fence>```+|:::+).*?^(?P=fence)\s*$", re.DOTALL | re.MULTILINE)
+
+
+def times(value: float) -> str:
+    """A factor."""
+    return f"× {value:.2f}" if value < 10 else f"× {value:.1f}"
+
+
+ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+ENVIRONMENT.filters |= {
+    "x": times,
+    "f": lambda value, form=".1f": format(value, form),
+    "mib": lambda num_bytes: f"{num_bytes / 2**20:,.0f} MiB",
+    "ms": lambda seconds: f"{1000 * seconds:,.0f} ms",
+    "percent": lambda share: f"{100 * share:+.1f} %",
+}
+for function in (pages.toctrees, pages.catalog, pages.climb, pages.quiz, pages.ledger, pages.num_claims):
+    ENVIRONMENT.globals[function.__name__] = function
+for function in (reference.settings, reference.commands, reference.modules):
+    ENVIRONMENT.globals[function.__name__] = function
+for function in (results.result, results.rung, results.rungs, results.recipe, results.quantizer):
+    ENVIRONMENT.globals[function.__name__] = function
+ENVIRONMENT.globals |= {"peer": results.peer, "machine": results.machine}
+ENVIRONMENT.globals["bill"] = lambda: pages.bill(lambda text: ENVIRONMENT.from_string(text).render())
+
+
+def fill_in(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Before a page is read."""
+    if docname.startswith("notebooks/"):
+        content[0] = notebook(content[0])
+        return
+    text = content[0]
+    if docname in app.config.ridgeline_templates:
+        text = ENVIRONMENT.from_string(text).render()
+    there = {entry.code for entry in NOTEBOOKS if pages.is_rendered(entry)}
+    fenced: list[str] = []
+
+    def keep(found: re.Match[str]) -> str:
+        fenced.append(found[0])
+        return f"\0{len(fenced) - 1}\0"
+
+    text = _FENCED.sub(keep, text)
+    text = _CODE.sub(lambda f: f"[{f[0]}](/notebooks/{f[0]}.ipynb)" if f[0] in there else f[0], text)
+    content[0] = re.sub("\0(\\d+)\0", lambda found: fenced[int(found[1])], text)
+
+
+def notebook(text: str) -> str:
+    """Solutions folded; links that are right from notebooks/ made right from docs/notebooks/."""
+    book = json.loads(text)
+    for cell in book["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        if "solution" in tags:
+            cell["metadata"]["tags"] = [*tags, "hide-cell"]
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [output for output in cell["outputs"] if not is_repr(output)]
+        else:
+            source = "".join(cell["source"])
+            cell["source"] = source.replace("](../docs/", "](../")
+    return json.dumps(book)
+
+
+def is_repr(output: dict[str, Any]) -> bool:
+    """The value of a cell's last line where that only repeats a claim that is shown above it."""
+    text = output.get("data", {}).get("text/plain", "")
+    return output["output_type"] == "execute_result" and "".join(text).startswith("Claim(")
+
+
+def start(app: Sphinx) -> None:
+    """While notebooks are missing, links to them are no errors."""
+    missing = [entry.code for entry in NOTEBOOKS if not pages.is_rendered(entry)]
+    if missing:
+        app.config.suppress_warnings += ["myst.xref_missing"]
+        print(f"{len(missing)} notebooks are still to come: {', '.join(missing)}")
+
+
+def outdated(app: Sphinx, env: Any, added: Any, changed: Any, removed: Any) -> list[str]:
+    """Pages made from data are read again every time: Sphinx does not see what they read."""
+    return sorted(app.config.ridgeline_templates & env.found_docs)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    app.add_config_value("ridgeline_templates", set(), "env", [set])
+    app.connect("builder-inited", start)
+    app.connect("env-get-outdated", outdated)
+    app.connect("source-read", fill_in)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
