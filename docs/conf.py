@@ -51,6 +51,7 @@ autodoc_mock_imports = [
     if importlib.util.find_spec(name) is None
 ]
 add_module_names = False
+toc_object_entries = False
 python_maximum_signature_line_length = 90
 default_role = "code"
 

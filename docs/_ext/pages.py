@@ -21,7 +21,7 @@ HOLDS, FAILS = '<span class="holds">✓</span>', '<span class="fails">✗</span>
 
 def is_rendered(entry: Notebook) -> bool:
     """Whether its executed notebook is there."""
-    return (DOCS / "notebooks" / f"{entry.code}.ipynb").exists()
+    return (DOCS.parent / "notebooks" / f"{entry.code}.ipynb").exists()
 
 
 def link(code: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from typing import Any
 
 import jinja2
@@ -87,7 +88,13 @@ def is_repr(output: dict[str, Any]) -> bool:
 
 
 def start(app: Sphinx) -> None:
-    """While notebooks are missing, links to them are no errors."""
+    """Sphinx reads below one folder only: notebooks are copied there. Links to missing ones are no errors."""
+    copies = pages.DOCS / "notebooks"
+    copies.mkdir(exist_ok=True)
+    for path in (pages.DOCS.parent / "notebooks").glob("*.ipynb"):
+        copy = copies / path.name
+        if not copy.exists() or copy.stat().st_mtime != path.stat().st_mtime:
+            shutil.copy2(path, copy)
     missing = [entry.code for entry in NOTEBOOKS if not pages.is_rendered(entry)]
     if missing:
         app.config.suppress_warnings += ["myst.xref_missing"]
