@@ -57,7 +57,8 @@ notebooks: $(VENV)/.dev models  ## run all notebooks of the course, fast profile
 	$(BIN)/ridgeline course run --all --fast
 
 docs: $(VENV)/.docs  ## the site with catalog, notebooks and guides -> build/site/index.html
-	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/site
+	@rm -rf build/site
+	$(BIN)/sphinx-build -E -q -W --keep-going -b html docs build/site
 
 check-docs: docs      ## its links, and its pages in Chromium at two widths and in two themes (apt-get install chromium)
 	$(BIN)/python -m pytest tests/site

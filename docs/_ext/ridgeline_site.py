@@ -20,7 +20,9 @@ from sphinx.application import Sphinx
 from ridgeline.course.catalog import NOTEBOOKS
 
 _CODE = re.compile(r"(?<![\w`\[/(.-])INF-\d\d(?![\w`\]-]|\.\w)")
-_FENCED = re.compile(r"^(?P<fence>```+|:::+).*?^(?P=fence)\s*$", re.DOTALL | re.MULTILINE)
+_KEPT = re.compile(
+    r"^(?P<fence>```+|:::+).*?^(?P=fence)\s*$|^#.*?$|`[^`\n]*`|\[[^\]]*\]\([^)]*\)", re.DOTALL | re.MULTILINE
+)
 
 
 def times(value: float) -> str:
@@ -54,16 +56,21 @@ def fill_in(app: Sphinx, docname: str, content: list[str]) -> None:
     text = content[0]
     if docname in app.config.ridgeline_templates:
         text = ENVIRONMENT.from_string(text).render()
+    content[0] = linked(text, "/notebooks/")
+
+
+def linked(text: str, folder: str) -> str:
+    """Codes of notebooks as links, but for those in headings and in code."""
     there = {entry.code for entry in NOTEBOOKS if pages.is_rendered(entry)}
-    fenced: list[str] = []
+    kept: list[str] = []
 
     def keep(found: re.Match[str]) -> str:
-        fenced.append(found[0])
-        return f"\0{len(fenced) - 1}\0"
+        kept.append(found[0])
+        return f"\0{len(kept) - 1}\0"
 
-    text = _FENCED.sub(keep, text)
-    text = _CODE.sub(lambda f: f"[{f[0]}](/notebooks/{f[0]}.ipynb)" if f[0] in there else f[0], text)
-    content[0] = re.sub("\0(\\d+)\0", lambda found: fenced[int(found[1])], text)
+    text = _KEPT.sub(keep, text)
+    text = _CODE.sub(lambda f: f"[{f[0]}]({folder}{f[0]}.ipynb)" if f[0] in there else f[0], text)
+    return re.sub("\0(\\d+)\0", lambda found: kept[int(found[1])], text)
 
 
 def notebook(text: str) -> str:
@@ -77,7 +84,7 @@ def notebook(text: str) -> str:
             cell["outputs"] = [output for output in cell["outputs"] if not is_repr(output)]
         else:
             source = "".join(cell["source"])
-            cell["source"] = source.replace("](../docs/", "](../")
+            cell["source"] = linked(source.replace("](../docs/", "](../"), "")
     return json.dumps(book)
 
 
@@ -101,14 +108,8 @@ def start(app: Sphinx) -> None:
         print(f"{len(missing)} notebooks are still to come: {', '.join(missing)}")
 
 
-def outdated(app: Sphinx, env: Any, added: Any, changed: Any, removed: Any) -> list[str]:
-    """Pages made from data are read again every time: Sphinx does not see what they read."""
-    return sorted(app.config.ridgeline_templates & env.found_docs)
-
-
 def setup(app: Sphinx) -> dict[str, bool]:
     app.add_config_value("ridgeline_templates", set(), "env", [set])
     app.connect("builder-inited", start)
-    app.connect("env-get-outdated", outdated)
     app.connect("source-read", fill_in)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

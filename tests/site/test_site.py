@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from ridgeline.course.catalog import NOTEBOOKS
+from ridgeline.kvcache.layout import CacheLayout
+from ridgeline.models.synth import preset_config
 from tests.site.conftest import ROOT, SCREENSHOTS, WIDTHS
 
 PAGES = (
@@ -77,6 +79,12 @@ def test_placement_tells_where_to_start(visit):
         assert question.locator(".why:visible").count() == 2
     assert "0 of 10. Start with INF-00" in page.locator(".result").inner_text()
     assert page.locator(".result li").count() > 10
+
+
+def test_the_arithmetic_question_is_right(visit):
+    page = visit().open("placement.html")
+    token_bytes = CacheLayout.bytes_per_token(preset_config("smollm2-135m"), "float16")
+    assert f"{token_bytes:,}" in page.locator("fieldset").nth(4).locator("label.right").inner_text()
 
 
 def test_search_works_without_a_network(visit):
