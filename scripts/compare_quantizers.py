@@ -77,7 +77,7 @@ class Candidate:
 CANDIDATES = (
     Candidate("llmcompressor-rtn", "llm-compressor, RTN", "int4", "llmcompressor-rtn"),
     Candidate("llmcompressor-gptq", "llm-compressor, GPTQ", "int4", "llmcompressor-gptq", seeds=SEEDS),
-    Candidate("gptqmodel", "GPTQModel, GPTQ", "int4", "gptqmodel"),
+    Candidate("gptqmodel", "GPTQModel, GPTQ", "int4", "gptqmodel", seeds=SEEDS),
     Candidate("rtn", "`rtn-int4-g64`", "int4", recipe="rtn-int4-g64"),
     Candidate("gptq", "`gptq-int4-g64`", "int4", recipe="gptq-int4-g64", seeds=SEEDS),
     Candidate("awq", "`awq-int4-g64`", "int4", recipe="awq-int4-g64", seeds=SEEDS),
@@ -273,7 +273,9 @@ def table(result: Result, section: Section, num_windows: int | None = None) -> I
         if candidate.section != section or not runs:
             continue
         f = figures(runs, num_windows)
-        cells = [candidate.title, str(len(runs)), str(f.num_windows)]
+        threads = {run["threads"] for run in runs if "threads" in run} - {result["environment"]["threads"]}
+        apart = "".join(f" ({number} thread)" for number in threads)
+        cells = [candidate.title + apart, str(len(runs)), str(f.num_windows)]
         cells += [spread(f.perplexity, "+.2f"), spread(f.kl, ".4f")]
         cells.append(spread([100 * share for share in f.top1], ".1f"))
         # bitsandbytes has nothing to calibrate; its seconds are those of the logits.
