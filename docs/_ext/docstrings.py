@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from sphinx.application import Sphinx
 
-_MARKS = re.compile(r"(?<!`)`([^`]+)`(?!`)")
+_MARKS = re.compile(r"(?<!`)`([^`]+)`(?!`)(\w?)")
 
 
 def prepare(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """`name` is code; stars, bars and trailing underscores are themselves; drawn trees stay as drawn."""
-    lines[:] = [_line(line) for line in lines]
+    """`name` is code; stars, bars and trailing underscores are themselves; what is indented stays as it is."""
+    lines[:] = _rewritten(lines)
 
 
-def _line(line: str) -> str:
-    if line.startswith("    "):
-        return line
+def _rewritten(lines: list[str]) -> Iterator[str]:
+    drawn = False
+    for before, line in zip(["", *lines], lines, strict=False):
+        indented = line.startswith("    ")
+        if indented and not drawn and not before:
+            yield from ("::", "")
+            drawn = True
+        elif line and not indented:
+            drawn = False
+        yield line if drawn else _escaped(line)
+
+
+def _escaped(line: str) -> str:
     kept: list[str] = []
 
     def keep(found: re.Match[str]) -> str:
-        kept.append(f"``{found[1]}``")
+        kept.append(f"``{found[1]}``" + (f"\\ {found[2]}" if found[2] else ""))
         return f"\0{len(kept) - 1}\0"
 
     line = _MARKS.sub(keep, line)

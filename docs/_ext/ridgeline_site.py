@@ -23,20 +23,21 @@ _CODE = re.compile(r"(?<![\w`\[/(.-])INF-\d\d(?![\w`\]-]|\.\w)")
 _KEPT = re.compile(
     r"^(?P<fence>```+|:::+).*?^(?P=fence)\s*$|^#.*?$|`[^`\n]*`|\[[^\]]*\]\([^)]*\)", re.DOTALL | re.MULTILINE
 )
+NBSP = "\N{NO-BREAK SPACE}"
 
 
 def times(value: float) -> str:
     """A factor."""
-    return f"× {value:.2f}" if value < 10 else f"× {value:.1f}"
+    return f"×{NBSP}{value:.2f}" if value < 10 else f"×{NBSP}{value:.1f}"
 
 
 ENVIRONMENT = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
 ENVIRONMENT.filters |= {
     "x": times,
     "f": lambda value, form=".1f": format(value, form),
-    "mib": lambda num_bytes: f"{num_bytes / 2**20:,.0f} MiB",
-    "ms": lambda seconds: f"{1000 * seconds:,.0f} ms",
-    "percent": lambda share: f"{100 * share:+.1f} %",
+    "mib": lambda num_bytes: f"{num_bytes / 2**20:,.0f}{NBSP}MiB",
+    "ms": lambda seconds: f"{1000 * seconds:,.0f}{NBSP}ms",
+    "percent": lambda share: f"{100 * share:+.1f}{NBSP}%",
 }
 for function in (pages.toctrees, pages.catalog, pages.climb, pages.quiz, pages.ledger, pages.num_claims):
     ENVIRONMENT.globals[function.__name__] = function
