@@ -61,6 +61,9 @@ class Claim:
         """In the words of the course."""
         return "holds here" if self.holds else f"does not hold here, because {self.because}"
 
+    def _ipython_display_(self) -> None:
+        """Nothing: the verdict was shown when the claim was made, and a cell's last line would repeat it."""
+
     def band_is_wide_enough(self) -> bool:
         """A band narrower than 1.5 times the spread would fail by chance."""
         least, most = self.band
