@@ -12,7 +12,7 @@ _MARKS = re.compile(r"(?<!`)`([^`]+)`(?!`)(\w?)")
 
 
 def prepare(app: Sphinx, what: str, name: str, thing: Any, options: Any, lines: list[str]) -> None:
-    """`name` is code; stars, bars and trailing underscores are themselves; what is indented stays as it is."""
+    """`name` is code; stars, bars and trailing underscores are themselves; what is indented stays."""
     lines[:] = _rewritten(lines)
 
 
