@@ -165,9 +165,10 @@ def progress(*, json: bool = False) -> None:
             f"{code}  run {document['date'][:10]}, {len(solved)} of {len(document['exercises'])} exercises"
         )
         for name, prediction in document["predictions"].items():
-            measured = document["values"].get(name)
+            measured = document["values"][name]
             number = measured["median"] if isinstance(measured, dict) else measured
-            lines.append(f"    {name}: you said {prediction['guess']}, measured {number:.4g}")
+            guess = "no guess" if prediction["guess"] is None else f"you said {prediction['guess']:g}"
+            lines.append(f"    {name}: {guess}, measured {number:.4g}")
     lines.append(f"{len(done)} of {len(NOTEBOOKS)} notebooks; the next is {_next(done)}")
     sys.stdout.write("\n".join(lines) + "\n")
 
