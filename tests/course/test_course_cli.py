@@ -19,7 +19,9 @@ def home(monkeypatch, tmp_path):
 
 
 def said(capsys, *tokens):
-    main(["course", *tokens])
+    with pytest.raises(SystemExit) as stop:
+        main(["course", *tokens])
+    assert not stop.value.code
     return capsys.readouterr().out
 
 
