@@ -21,7 +21,7 @@ from ridgeline.ops.program import StepShape
 from ridgeline.profiling.links import SHARED_MEMORY, Link
 from ridgeline.profiling.machine import MachineLimits
 from ridgeline.profiling.rates import KernelRates
-from ridgeline.profiling.roofline import Company, Predictor
+from ridgeline.profiling.roofline import Company, Predictor, alike_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,7 @@ class ParallelPredictor:
             for r in self.ranks
         ]
         self._parallel = parallel
+        self._known: dict[tuple[tuple[tuple[int, int], ...], int], float] = {}
 
     def stages_s(self, shape: StepShape) -> list[float]:
         """Seconds of each stage: of its slowest rank."""
@@ -79,9 +80,12 @@ class ParallelPredictor:
         return max(range(len(self.ranks)), key=lambda r: self.predictors[r].ops_s(shape))
 
     def step_s(self, sequences: Sequence[tuple[int, int]], num_logits: int) -> float:
-        """Seconds of one plan through all stages, alone."""
-        shape = StepShape(tuple(sequences), num_logits)
-        return sum(self.stages_s(shape)) + self.predictors[-1].overhead_s(shape)
+        """Seconds of one plan through all stages, alone. Steps of about the same shape are computed once."""
+        alike = alike_step(sequences)
+        if (alike, num_logits) not in self._known:
+            shape = StepShape(alike, num_logits)
+            self._known[alike, num_logits] = sum(self.stages_s(shape)) + self.predictors[-1].overhead_s(shape)
+        return self._known[alike, num_logits]
 
     def prefill_s(self, num_tokens: int, *, chunk: int = 512) -> float:
         """TTFT of one prompt on an idle engine: its chunks wait for each other."""

@@ -89,7 +89,7 @@ class Predictor:
         self._model_bytes = program.weight_bytes()
         self._linear_rates: dict[tuple[str, int], Mapping[int, LinearRate]] = {}
         self._attention_rates: Mapping[tuple[int, int], AttentionRate] | None = None
-        self._known: dict[tuple[int, ...], float] = {}
+        self._known: dict[tuple[int, int, tuple[tuple[int, int], ...]], float] = {}
         self._kinds = Counter(kind_of(i, program) for i in program.instructions)
         self._examples = {kind_of(i, program): i for i in program.instructions}
 
@@ -130,15 +130,10 @@ class Predictor:
 
         Steps of about the same shape are computed once, so that a long simulation is quick.
         """
-        prefills = [(new, length) for new, length in sequences if new > 1]
-        decodes = [length for new, length in sequences if new == 1]
-        # Attention reads whole tiles, so sequences of as many tiles in all take as long.
-        tiles = sum(-(-length // TILE_TOKENS) for length in decodes)
-        key = (num_logits, num_shared_keys, len(decodes), tiles, *(n for pair in prefills for n in pair))
+        alike = alike_step(sequences)
+        key = (num_logits, num_shared_keys, alike)
         if key not in self._known:
-            each, more = divmod(tiles, max(len(decodes), 1))
-            alike = [(1, TILE_TOKENS * (each + (i < more))) for i in range(len(decodes))]
-            self._known[key] = self._step_s(StepShape((*prefills, *alike), num_logits, num_shared_keys))
+            self._known[key] = self._step_s(StepShape(alike, num_logits, num_shared_keys))
         return self._known[key]
 
     def _step_s(self, shape: StepShape) -> float:
@@ -300,6 +295,18 @@ class Predictor:
                 pair_s += share * (min(shared_s, pair_s) - pair_s)
             total += fixed + layout.num_kv_heads * (rate.call_s - fixed + pairs * pair_s)
         return total
+
+
+def alike_step(sequences: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """One step for all those that take as long: prompts as they are, the tiles of decodes dealt out evenly.
+
+    Attention reads whole tiles, so sequences of as many tiles in all take as long.
+    """
+    prefills = [(new, length) for new, length in sequences if new > 1]
+    decodes = [length for new, length in sequences if new == 1]
+    tiles = sum(-(-length // TILE_TOKENS) for length in decodes)
+    each, more = divmod(tiles, max(len(decodes), 1))
+    return (*prefills, *((1, TILE_TOKENS * (each + (i < more))) for i in range(len(decodes))))
 
 
 def peak_of(label: str, limits: MachineLimits) -> float:
