@@ -65,6 +65,8 @@ class Weight:
         """The same values in another format that `gguf_blocks.quantize` writes, with its `importance` [K]."""
         if format is self.format:
             return self
+        if not self.buffers:  # described: nothing was read, so there is nothing to convert
+            return Weight(self.name, format, self.shape, {})
         data = quantize(self.dequantize(), format, importance=importance)
         return Weight(self.name, format, self.shape, {"data": data})
 

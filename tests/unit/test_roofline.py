@@ -181,6 +181,14 @@ def test_the_bound_is_bytes_or_flops_over_the_limit(model_path, config):
     assert not any(e.is_compute_bound for e in p.estimates(StepShape.decode(1, 64)) if "linear" in e.name)
 
 
+def test_a_described_model_is_predicted_in_another_dtype(model_path, config):
+    stored = Predictor.for_model(describe_model(model_path), config, LIMITS, None)
+    wide = Predictor.for_model(describe_model(model_path), config.with_options(dtype="float32"), LIMITS, None)
+    matrices = [w for w in wide.program.weights if len(w.shape) > 1]
+    assert {w.format.name for w in matrices} == {"F32"}
+    assert wide.program.weight_bytes() > 4 * stored.program.weight_bytes()
+
+
 def test_only_native_is_predicted(model_path, config):
     with pytest.raises(ConfigError, match="cannot be predicted"):
         predictor(model_path, config.with_options(executor="eager"), Rates())
