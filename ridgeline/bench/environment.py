@@ -27,9 +27,12 @@ FLAGS = (
     "avx512_vnni",
     "avx_vnni",
     "amx_int8",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
     "asimd",
 )
-"""Of the processor's flags, those that decide which kernels run."""
+"""Of the processor's flags, those that decide which kernels run; bf16 and fp16 ones are torch's only."""
 LIBRARIES = ("numpy", "tokenizers", "torch")
 VARIABLES = ("RIDGELINE_", "OMP_", "KMP_", "MKL_", "OPENBLAS_", "GOMP_", "MALLOC_", "LD_PRELOAD")
 """Environment variables that begin like this change speed."""
