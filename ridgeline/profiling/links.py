@@ -90,6 +90,8 @@ def measure_link(tp_size: int) -> Link:
         ]
         try:
             small, large = _time_sums(region.name, num_ranks, 0)
+            for process in others:
+                process.wait()  # they leave the last sum a moment later; an abort now would be their error
         finally:
             region.abort()
             for process in others:

@@ -16,7 +16,7 @@ from ridgeline.models.shard import plan_cuts, shard_model
 from ridgeline.models.synth import synthesize
 from ridgeline.ops.native import NativeProgram
 from ridgeline.ops.program import COLLECTIVES, Opcode, StepShape
-from ridgeline.profiling.links import LINKS, SHARED_MEMORY, Link, describe_link
+from ridgeline.profiling.links import LINKS, SHARED_MEMORY, Link, describe_link, measure_link
 from ridgeline.profiling.parallel import ParallelPredictor, ranks_of
 from ridgeline.profiling.plan import plan_memory, plan_ranks, tokens_in
 from ridgeline.profiling.roofline import Predictor
@@ -58,6 +58,14 @@ def predictor_of(path, tp_size, pp_size, link):
 def linear_and_attention_s(predictor, shape):
     names = ("linear", "attention")
     return sum(e.predicted_s for e in predictor.estimates(shape) if e.name.startswith(names))
+
+
+def test_the_measured_link_says_nothing_on_stderr(capfd):
+    """The other rank leaves the last sum a moment after this one, and must not find it aborted."""
+    for _ in range(3):
+        link = measure_link(2)
+        assert link.name == SHARED_MEMORY and link.gb_s > 0
+    assert capfd.readouterr().err == ""
 
 
 def test_what_crosses_a_link_by_hand():
