@@ -152,30 +152,29 @@ def bill(render: Callable[[str], str]) -> str:
 
 
 def ledger() -> str:
-    """Every claim of the course with its number and its verdict, from the data files of the notebooks."""
+    """Every claim of the course with its number and its verdict, as Markdown: claims may hold formulas."""
     lines = []
     for entry in NOTEBOOKS:
         found = results.notebook_results(entry.code)
-        if not found:
-            continue
-        lines.append(f'<h3>{link(entry.code)}</h3><div class="wide"><table class="ledger"><thead>')
-        lines.append("<tr><th></th><th>claim</th><th>said</th><th>measured</th></tr></thead><tbody>")
-        lines += map(_claim, found["claims"])
-        lines.append(
-            f'</tbody></table></div><p class="run">{found["date"][:10]}, {found["profile"]} profile, '
-            f"{escape(results.machine(found['environment']))}</p>"
-        )
-    return block(lines) if lines else "\nNo notebook was run yet.\n"
+        if found:
+            where = f"[{entry.code}](/notebooks/{entry.code}.ipynb)" if is_rendered(entry) else entry.code
+            lines += [
+                f"\n### {entry.title}\n",
+                f"{where}, {found['date'][:10]}, {found['profile']} profile, ",
+            ]
+            lines += [results.machine(found["environment"]), "\n````{container} ledger\n"]
+            lines += ["|  | claim | said | measured |", "|---|---|---|---|"]
+            lines += [*map(_claim, found["claims"]), "````"]
+    return "\n".join(lines) or "No notebook was run yet."
 
 
 def _claim(claim: dict[str, Any]) -> str:
-    because = "" if claim["holds"] else f"<small>because {escape(claim['because'])}</small>"
+    sign = HOLDS if claim["holds"] else FAILS
+    because = "" if claim["holds"] else f"<br><small>because {claim['because']}</small>"
     least, most = claim["claimed"]
-    return (
-        f"<tr><td>{HOLDS if claim['holds'] else FAILS}</td><td>{escape(claim['statement'])}{because}</td>"
-        f"<td>{escape(show_range((least, most), claim['unit']))}</td>"
-        f"<td>{claim['value']:.4g} {escape(claim['unit'])}</td></tr>"
-    )
+    said, measured = show_range((least, most), claim["unit"]), f"{claim['value']:.4g} {claim['unit']}"
+    statement = (claim["statement"] + because).replace("|", "\\|").replace("\n", " ")
+    return f"| {sign} | {statement} | {said} | {measured.strip()} |"
 
 
 def num_claims(*, holding: bool = False) -> int:
