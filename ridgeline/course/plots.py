@@ -42,6 +42,7 @@ def figure(
 
     rcParams.update(_STYLE)  # type: ignore[arg-type]
     rcParams["axes.prop_cycle"] = cycler(color=COLORS)
+    _label_log_axes_plainly()
     drawing, axes = plt.subplots(1, panels, figsize=size or (7.2 if panels == 1 else 5.2 * panels, 4.0))
     every = [axes] if panels == 1 else list(axes)
     for axis in every:
@@ -54,3 +55,19 @@ def figure(
         drawing.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     drawing.set_layout_engine("tight")
     return drawing, axes if panels == 1 else every
+
+
+def _label_log_axes_plainly() -> None:
+    """Logarithmic axes get plain numbers, at 1, 2 and 5 of each decade (matplotlib's own collide)."""
+    from matplotlib.axis import Axis
+    from matplotlib.scale import LogScale, register_scale
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    class PlainLogScale(LogScale):
+        def set_default_locators_and_formatters(self, axis: Axis) -> None:
+            super().set_default_locators_and_formatters(axis)
+            axis.set_major_locator(LogLocator(self.base, subs=(1, 2, 5) if self.base == 10 else (1,)))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+            axis.set_minor_formatter(NullFormatter())
+
+    register_scale(PlainLogScale)
