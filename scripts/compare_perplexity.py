@@ -42,6 +42,7 @@ def llama_cpp(model: str, num_tokens: int, binary: Path) -> float:
         text.write(load_text(split="all")[: 16 * num_tokens])
         text.flush()
         command = [binary, "-m", model, "-f", text.name, "-c", WINDOW, "-b", WINDOW, "--no-warmup"]
+        command.append("--no-repack")  # its repacked AMX kernels crash on some files
         command += ["--chunks", num_tokens // WINDOW, "-t", len(os.sched_getaffinity(0))]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     found = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
