@@ -52,6 +52,7 @@ autodoc_mock_imports = [
 ]
 add_module_names = False
 toc_object_entries = False
+suppress_warnings = ["ref.python"]  # a builtin in a signature is also the name of a field
 python_maximum_signature_line_length = 90
 default_role = "code"
 
