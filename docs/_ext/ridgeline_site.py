@@ -82,17 +82,16 @@ def notebook(text: str) -> str:
         if "solution" in tags:
             cell["metadata"]["tags"] = [*tags, "hide-cell"]
         if cell["cell_type"] == "code":
-            cell["outputs"] = [output for output in cell["outputs"] if not is_repr(output)]
+            cell["outputs"] = [output for output in cell["outputs"] if not is_leftover(output)]
         else:
             source = "".join(cell["source"])
             cell["source"] = linked(source.replace("](../docs/", "](../"), "")
     return json.dumps(book)
 
 
-def is_repr(output: dict[str, Any]) -> bool:
-    """The value of a cell's last line where that only repeats a claim that is shown above it."""
-    text = output.get("data", {}).get("text/plain", "")
-    return output["output_type"] == "execute_result" and "".join(text).startswith("Claim(")
+def is_leftover(output: dict[str, Any]) -> bool:
+    """The bare value of a cell's last line: what a notebook wants to show, it shows."""
+    return output["output_type"] == "execute_result" and set(output["data"]) == {"text/plain"}
 
 
 def start(app: Sphinx) -> None:
