@@ -30,7 +30,8 @@ class FinishReason(StrEnum):
 class Request:
     """One prompt with its parameters, from arrival to finish.
 
-    Owner: the scheduler. Invariant: num_computed_tokens <= num_tokens; preemption sets the former back to 0.
+    Owner: the scheduler. Invariant: num_computed_tokens <= num_planned_tokens <= num_tokens; preemption sets
+    the first two back to 0.
     """
 
     request_id: str
@@ -44,6 +45,8 @@ class Request:
     """Lower runs first; ties by arrival."""
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
+    num_planned_tokens: int = 0
+    """And those of plans whose results are not known yet."""
     num_cached_tokens: int = 0
     """Tokens taken over by prefix caching at the first admission."""
     num_preemptions: int = 0
@@ -56,6 +59,11 @@ class Request:
     def num_tokens(self) -> int:
         """Prompt and output tokens."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def is_in_flight(self) -> bool:
+        """A plan computes tokens of it now."""
+        return self.num_planned_tokens > self.num_computed_tokens
 
     def tokens(self, start: int, end: int) -> list[int]:
         """Tokens start..end of prompt and output taken together, without joining the two lists."""

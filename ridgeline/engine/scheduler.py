@@ -122,8 +122,6 @@ class Scheduler:
         """Step in which a running request was admitted: rows of earlier plans are not its own."""
         self._finished: list[str] = []
         self._max_in_flight = max_in_flight
-        self._in_flight: dict[str, int] = {}
-        """Request id -> step of the plan that computes it; empty unless several plans may be in flight."""
         self._num_steps = 0
         self._num_added = 0
         self.num_preemptions = 0
@@ -195,7 +193,6 @@ class Scheduler:
         for request in ended:
             self._end(request, FinishReason.ERROR, None)
         self._batch = []
-        self._in_flight.clear()
         self.manager.pool.forget_content()
         return ended
 
@@ -203,9 +200,7 @@ class Scheduler:
         """Decide the next step. It has no rows only when there is nothing to do, or all is in flight."""
         preempted: list[str] = []
         rows = self._schedule_static() if self._static else self._schedule_continuous(preempted)
-        assert rows or self._in_flight or not self._requests, "requests are left, but none can run"
-        if self._max_in_flight > 1:
-            self._in_flight.update((row.request_id, self._num_steps) for row in rows if row.token_ids)
+        assert rows or self._is_any_in_flight or not self._requests, "requests are left, but none can run"
         self._num_steps += 1
         finished, self._finished = tuple(self._finished), []
         return StepPlan(self._num_steps - 1, tuple(rows), tuple(preempted), finished)
@@ -217,13 +212,12 @@ class Scheduler:
         """
         changed: list[Request] = []
         for row in plan.rows:
-            if self._in_flight.get(row.request_id) == plan.step:
-                del self._in_flight[row.request_id]
             request = self._requests.get(row.request_id)
             if request is None or plan.step < self._admitted.get(row.request_id, plan.step + 1):
                 continue
-            if not row.token_ids or row.start != request.num_computed_tokens:
+            if not row.token_ids:
                 continue
+            assert row.start == request.num_computed_tokens
             request.num_computed_tokens += len(row.token_ids)
             self.manager.publish(request)
             if row.sampling is not None:
@@ -234,7 +228,7 @@ class Scheduler:
             if row.samples:
                 self._append(request, sampled[row.request_id].token_id)
             if not self._kv_cache:
-                request.num_computed_tokens = 0
+                request.num_computed_tokens = request.num_planned_tokens = 0
         return changed
 
     @property
@@ -263,11 +257,12 @@ class Scheduler:
             assert queue == sorted(queue, key=self._key)
             for request in queue:
                 assert request.status is status
-                assert request.num_computed_tokens <= request.num_tokens <= self.max_request_tokens
+                assert request.num_computed_tokens <= request.num_planned_tokens <= request.num_tokens
+                assert request.num_tokens <= self.max_request_tokens
         for request in self._waiting:
-            assert request.num_computed_tokens == 0 and not self.manager.table(request)
+            assert request.num_planned_tokens == 0 and not self.manager.table(request)
         for request in self._running:
-            assert self.manager.num_missing(request, request.num_computed_tokens) == 0
+            assert self.manager.num_missing(request, request.num_planned_tokens) == 0
 
     def _key(self, request: Request) -> tuple[int, float, int]:
         return self._order[request.request_id]
@@ -279,11 +274,7 @@ class Scheduler:
     def _schedule_continuous(self, preempted: list[str]) -> list[PlanRow]:
         planned: dict[str, int] = {}  # request id -> tokens of this step, in plan order
         budget, seats = self._budget, self._seats()
-        wants = [
-            (r, r.num_tokens - r.num_computed_tokens)
-            for r in self._running
-            if r.request_id not in self._in_flight
-        ]
+        wants = [(r, r.num_tokens - r.num_planned_tokens) for r in self._running if not r.is_in_flight]
         for request, wanted in sorted(wants, key=lambda pair: pair[1] > 1):  # decode rows first; stable
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted a moment ago
@@ -292,9 +283,9 @@ class Scheduler:
             num_new = self._grant(wanted, budget)
             if num_new == 0:
                 continue
-            while not self.manager.allocate(request, request.num_computed_tokens + num_new):
-                victim = next(r for r in reversed(self._running) if r.request_id not in self._in_flight)
-                if victim is request and self._in_flight:
+            while not self.manager.allocate(request, request.num_planned_tokens + num_new):
+                victim = next(r for r in reversed(self._running) if not r.is_in_flight)
+                if victim is request and self._is_any_in_flight:
                     break  # what is in flight may give blocks back
                 budget += planned.pop(victim.request_id, 0)
                 self._preempt(victim)
@@ -307,6 +298,10 @@ class Scheduler:
         if not preempted:
             self._admit(planned, budget, seats)
         return [self._row(self._requests[i], n) for i, n in planned.items()]
+
+    @property
+    def _is_any_in_flight(self) -> bool:
+        return any(r.is_in_flight for r in self._running)
 
     def _seats(self) -> int:
         """Requests of one plan: those that can run are dealt out evenly to the plans in flight."""
@@ -326,7 +321,7 @@ class Scheduler:
         self.manager.free(request)
         self._running.remove(request)
         del self._admitted[request.request_id]
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_planned_tokens = 0
         request.num_preemptions += 1
         self.num_preemptions += 1
         self._enqueue(request)
@@ -399,7 +394,7 @@ class Scheduler:
         )
 
     def _schedule_static(self) -> list[PlanRow]:
-        if self._in_flight:
+        if self._is_any_in_flight:
             return []
         if not any(r.status is RequestStatus.RUNNING for r in self._batch):
             self._batch = self._form_batch()
@@ -430,8 +425,8 @@ class Scheduler:
 
     def _row(self, request: Request, num_new: int, *, num_padding: int = 0) -> PlanRow:
         """The next num_new tokens of a request, with logits where they are wanted."""
-        params, start = request.params, request.num_computed_tokens
-        end = start + num_new
+        params, start = request.params, request.num_planned_tokens
+        end = request.num_planned_tokens = start + num_new
         samples = end == request.num_tokens
         num_logits = int(samples)
         targets: tuple[int, ...] = ()
@@ -494,5 +489,4 @@ class Scheduler:
         del self._order[request.request_id]
         self._num_scored.pop(request.request_id, None)
         self._admitted.pop(request.request_id, None)
-        self._in_flight.pop(request.request_id, None)
         self._finished.append(request.request_id)

@@ -105,7 +105,7 @@ class BlockManager:
         for block_id in block_ids:
             self.pool.share(block_id)
         self._tables[request.request_id] = Table(block_ids, list(matched))
-        request.num_computed_tokens = len(matched) * self.block_size
+        request.num_computed_tokens = request.num_planned_tokens = len(matched) * self.block_size
         if request.num_preemptions == 0 and self.may_reuse(request):
             request.num_cached_tokens = request.num_computed_tokens
             self.pool.stats.num_queried_tokens += request.num_tokens
