@@ -11,7 +11,7 @@
 // See rl_greedy.
 inline void greedy(ThreadPool &pool, const float *logits, int64_t rows, int64_t columns, int32_t *best, float *most,
                    double *log_total) {
-    constexpr int64_t chunk = 4096;
+    constexpr int64_t chunk = 4096, block = 512;
     const int64_t chunks = (columns + chunk - 1) / chunk;
     struct Part {
         float most;
@@ -23,19 +23,25 @@ inline void greedy(ThreadPool &pool, const float *logits, int64_t rows, int64_t 
         for (int64_t i = begin; i < end; i++) {
             const int64_t start = i % chunks * chunk, n = std::min(chunk, columns - start);
             const float *x = logits + i / chunks * columns + start;
-            vf peak = splat(-INFINITY);
-            int64_t j = 0;
-            for (; j + kLanes <= n; j += kLanes) peak = max(peak, load(x + j));
-            float here = largest(peak);
-            for (; j < n; j++) here = x[j] > here ? x[j] : here;
+            float here = -INFINITY;
+            int64_t near = 0;  // where the largest is: the search for its place begins there
+            for (int64_t j = 0; j < n; j += block) {
+                const int64_t stop = std::min(n, j + block);
+                vf peak = splat(-INFINITY);
+                int64_t c = j;
+                for (; c + kLanes <= stop; c += kLanes) peak = max(peak, load(x + c));
+                float most_here = largest(peak);
+                for (; c < stop; c++) most_here = x[c] > most_here ? x[c] : most_here;
+                if (most_here > here) here = most_here, near = j;
+            }
             Part &part = parts[i];
             part = {here, -1, 0.0};
-            for (j = 0; j < n && part.best < 0; j++)
+            for (int64_t j = near; j < n && part.best < 0; j++)
                 if (x[j] == here) part.best = (int32_t)(start + j);
             if (here == -INFINITY) continue;
-            for (j = 0; j < n; j += 512) {  // float sums of at most 512, then double
+            for (int64_t j = 0; j < n; j += block) {  // float sums of a block, then double
                 vf total = zero(), raw = zero();  // a NaN would vanish in max and exp, but not in a plain sum
-                const int64_t stop = std::min<int64_t>(n, j + 512);
+                const int64_t stop = std::min(n, j + block);
                 int64_t c = j;
                 for (; c + kLanes <= stop; c += kLanes) {
                     raw = add(raw, load(x + c));
