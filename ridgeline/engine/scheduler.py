@@ -3,11 +3,13 @@
 Every request has `num_computed_tokens`; a step lets it catch up with its tokens. Prefill, chunks, decode,
 prefix hits and recomputation after preemption are the same thing with different numbers, and so are the
 switches: no batching is one sequence, no cache is a counter set back to 0, static batching is admission
-only when a batch has ended. The result is a `StepPlan`, the contract between deciding and computing.
+only when a batch has ended. The result is a `StepPlan`, the contract between deciding and computing. In a
+pipeline several plans are under way: a prompt's next chunk need not wait for the one before, a token must.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +20,9 @@ from ridgeline.kvcache.block_pool import Content
 from ridgeline.kvcache.manager import BlockManager
 from ridgeline.request import FinishReason, Request, RequestStatus, Sampled
 from ridgeline.sampling_params import SamplingParams
+
+WEIGHTS_AS_TOKENS = 8
+"""Tokens of a prompt that take a core as long to compute as its weights take to read, measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +99,7 @@ class Scheduler:
         max_in_flight: int = 1,
     ) -> None:
         """`config` is resolved: its None fields are decided. `max_in_flight`: plans whose results are not
-        known yet, one for each stage of a pipeline; a request is in one of them at a time."""
+        known yet, one for each stage of a pipeline. Chunks of a prompt may be in several of them."""
         assert config.max_num_batched_tokens is not None and config.enable_chunked_prefill is not None
         assert kv_cache or not manager.pool.enable_prefix_caching
         self.manager = manager
@@ -273,19 +278,19 @@ class Scheduler:
 
     def _schedule_continuous(self, preempted: list[str]) -> list[PlanRow]:
         planned: dict[str, int] = {}  # request id -> tokens of this step, in plan order
-        budget, seats = self._budget, self._seats()
-        wants = [(r, r.num_tokens - r.num_planned_tokens) for r in self._running if not r.is_in_flight]
+        seats = self._seats()
+        budget = self._plan_budget(seats)
+        wants = [(r, r.num_tokens - r.num_planned_tokens) for r in self._running]
         for request, wanted in sorted(wants, key=lambda pair: pair[1] > 1):  # decode rows first; stable
             if request.status is not RequestStatus.RUNNING:
                 continue  # preempted a moment ago
-            if len(planned) >= seats:
-                break
             num_new = self._grant(wanted, budget)
-            if num_new == 0:
+            # A request in flight is at a later chunk of its prompt, and its seat is in an earlier plan.
+            if num_new == 0 or (len(planned) >= seats and not request.is_in_flight):
                 continue
             while not self.manager.allocate(request, request.num_planned_tokens + num_new):
-                victim = next(r for r in reversed(self._running) if not r.is_in_flight)
-                if victim is request and self._is_any_in_flight:
+                victim = next((r for r in reversed(self._running) if not r.is_in_flight), request)
+                if request.is_in_flight or (victim is request and self._is_any_in_flight):
                     break  # what is in flight may give blocks back
                 budget += planned.pop(victim.request_id, 0)
                 self._preempt(victim)
@@ -309,6 +314,23 @@ class Scheduler:
             return self._max_num_seqs
         num_runnable = min(len(self._running) + len(self._waiting), self._max_num_seqs)
         return -(-num_runnable // self._max_in_flight)
+
+    def _plan_budget(self, seats: int) -> int:
+        """Tokens of one plan: in a pipeline the decode rows and a chunk of the prompts.
+
+        P tokens in chunks of c go through s stages in P / c + s - 1 steps of c tokens and the weights, which
+        are as much work as w tokens: least at c^2 = w P / (s - 1). P is at most what one process computes in
+        a step.
+        """
+        if self._max_in_flight == 1 or not self._chunked:
+            return self._budget
+        missing = [r.num_tokens - r.num_planned_tokens for r in self._running]
+        num_decode = min(missing.count(1), seats)
+        arriving = self._waiting[: self._max_num_seqs - len(self._running)]
+        num_prompt = sum(n for n in missing if n > 1) + sum(r.num_tokens for r in arriving)
+        num_prompt = min(num_prompt, self._budget)
+        chunk = math.ceil(math.sqrt(WEIGHTS_AS_TOKENS * num_prompt / (self._max_in_flight - 1)))
+        return min(num_decode + max(chunk, 1), self._budget)
 
     def _grant(self, wanted: int, budget: int) -> int:
         """Tokens that a request may compute now: what it wants, as far as the budget and chunking allow."""

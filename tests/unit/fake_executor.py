@@ -123,6 +123,8 @@ class Engine:
         """Whether a request has begun under the name of one that was aborted in flight."""
         self.in_flight = deque()
         self.most_in_flight = 0
+        self.num_followed = 0
+        """Chunks that were planned while an earlier one of their request was in flight."""
         self.view = {"window": window, "num_sinks": num_sinks}
         self.static = batching == "static"
         self.block_size = block_size
@@ -163,9 +165,7 @@ class Engine:
             if self.in_flight and not plan.rows:
                 break
             self.check_plan(plan)
-            others = {r.request_id for other, _, before in self.in_flight for r in other.rows}
-            live = {i for i in others if self.live.get(i) is not None}
-            assert not {r.request_id for r in plan.rows} & live or self.restarted, "computed twice at once"
+            self.check_chunks(plan)
             self.in_flight.append((plan, self.execute(plan), dict(self.live)))
             self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
             self.scheduler.check_invariants()
@@ -214,6 +214,15 @@ class Engine:
                 assert row.num_logits == row.samples
         if self.static:
             assert len({len(r.token_ids) + r.num_padding for r in rows}) <= 1, "not padded to the longest"
+
+    def check_chunks(self, plan):
+        """Of a request that is in flight only a later chunk may follow, and never what a token is waited for."""
+        under_way = {r.request_id: r for other, _, _ in self.in_flight for r in other.rows}
+        for row in plan.rows:
+            before = under_way.get(row.request_id)
+            if before is not None and not self.restarted:
+                assert not before.samples and row.start == before.start + len(before.token_ids)
+                self.num_followed += 1
 
     def execute(self, plan):
         written = set()

@@ -215,7 +215,7 @@ def test_random_steps(mode):
     if mode in ("continuous", "many", "window"):
         assert engine.pool.stats.num_hit_tokens > 100
     if mode == "two in flight":
-        assert engine.most_in_flight == 2 and seen["preempted"] > 0
+        assert engine.most_in_flight == 2 and engine.num_followed > 0 and seen["preempted"] > 0
     if "no prefix cache" in mode:
         assert engine.pool.stats.num_hit_tokens == 0
 
@@ -246,7 +246,30 @@ def test_requests_are_dealt_out_to_the_plans_in_flight():
     for i in range(8):
         engine.add(text(4, seed=i), SamplingParams(max_tokens=20, ignore_eos=True))
     plans = [engine.step() for _ in range(12)]
-    assert {len(plan.rows) for plan in plans} == {4}
+    assert {len(plan.rows) for plan in plans[4:]} == {4}
+    engine.drain()
+
+
+@pytest.mark.parametrize(("max_in_flight", "sizes"), [(2, [23, 19, 14, 8]), (3, [16, 14, 12, 10, 7, 5])])
+def test_a_prompt_goes_through_the_stages_in_chunks(max_in_flight, sizes):
+    """A chunk follows the one before it at once; the first token is waited for."""
+    engine = Engine(max_in_flight=max_in_flight, num_blocks=64, budget=64, max_model_len=128)
+    engine.add(text(64), SamplingParams(max_tokens=3, ignore_eos=True))
+    plans = engine.drain()
+    assert [sum(len(row.token_ids) for row in plan.rows) for plan in plans] == [*sizes, 1, 1]
+    assert engine.num_followed == len(sizes) - 1
+
+
+def test_a_chunk_takes_no_seat_of_a_later_plan():
+    engine = Engine(max_in_flight=2, max_num_seqs=4, num_blocks=64, budget=64, max_model_len=128)
+    for i in range(3):
+        engine.add(text(2, seed=i), SamplingParams(max_tokens=40, ignore_eos=True))
+    for _ in range(6):
+        engine.step()
+    engine.add(text(64), SamplingParams(max_tokens=1))
+    plans = [engine.step() for _ in range(6)]
+    assert max(len(plan.rows) for plan in plans) == 3, "two that decode and a chunk"
+    assert engine.num_followed > 2
     engine.drain()
 
 
