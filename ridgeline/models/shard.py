@@ -30,7 +30,8 @@ VOCABULARY_ROWS = 16
 MLP_COLUMNS = 32
 """The same of the MLP, where it is wide enough."""
 HEAD_SHARE = 0.5
-"""What a byte of the head costs beside one of a layer: it has no attention, and of a prompt one row only."""
+"""What a byte of the head costs beside one of a layer: it has no attention, and of a prompt one row only.
+Measured on SmolLM2: 0.6 in decode, 0 in prefill, 0.37 over W3, where a layer more or less changes nothing."""
 QUERY_ROWS = ("q_proj", "q_proj.bias")
 KV_ROWS = ("k_proj", "k_proj.bias", "v_proj", "v_proj.bias")
 MLP_ROWS = ("gate_proj", "up_proj")
