@@ -468,10 +468,11 @@ lesson.claim(
 )
 
 # %% [markdown]
-# Where a curve turns upwards, the server is full: requests come faster than they leave, and the queue grows
-# as long as they keep coming. For static batching that happens at a fraction of the rate. This, and not the
-# throughput of a closed run, is what users notice: the same machine serves about twice as many of them
-# before it falls behind.
+# At every rate the static batches make people wait many times as long, because a request that comes at the
+# wrong moment waits for a whole batch of strangers. These runs are short: in a long one, the queue of a
+# server that gets more than it can serve grows for as long as the requests keep coming, and static batching
+# gets there at about half of the rate (try `arriving(share, 300)`). This, and not the throughput of a
+# closed run, is what users notice.
 #
 # ## Where it does not help
 #
