@@ -242,6 +242,8 @@ lesson.table(
 # Compare the last two columns with the limits above. Going down, GFLOP/s rises to its plateau: that is
 # where the prompt is long enough to be compute bound. GB/s does the opposite: the same weights are read in
 # more and more time.
+# (At the bottom GFLOP/s falls again: attention's share of the FLOPs grows with the length, and it is done in
+# floating point, slower than the matrices' integers.)
 #
 # ### TPOT against context and against the batch
 #
@@ -364,8 +366,9 @@ lesson.claim(
     claimed=(0.95, 1.1),
     band=(1.05, 5) if on_cpu else (0.8, 3),
     unit="x",
-    because="at 2,048 tokens the cache is nearly half as large as the weights of so small a model; for "
-    "a model of 7 billion weights the same context would be a few percent",
+    because="at 2,048 tokens the cache is nearly half as large as the weights of so small a model, and "
+    "it comes from memory more slowly than they do; for a model of 7 billion weights the same "
+    "context would be a few percent of the bytes",
 )
 
 # %% [markdown]
