@@ -296,7 +296,8 @@ lesson.say("""
 The measured lines are steeper than the bounds. From 128 to 2,048 tokens of MHA the step reads its additional
 cache at {cache_rate:.0f} GB/s, where this machine can read {read_rate:.0f}: K and V lie in blocks, a tile is
 asked for just before it is needed, and a core keeps only so many reads in flight (`docs/LOG.md`). Weights
-are one long stream. So the number of KV heads matters a little more than bytes alone would say.
+are one long stream. So a KV head costs more milliseconds than its bytes alone would say; the *ratio* of two
+steps stays near that of the bounds, since the rest of a step is above its bound as well.
 """)
 
 # %% [markdown]
