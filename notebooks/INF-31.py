@@ -472,8 +472,8 @@ that were let in together are young together: they store less than the average a
 #
 # More requests at once share one read of the weights ([INF-12](INF-12.ipynb)), so a step with many requests
 # costs less *per request*. How much less depends on the machine, and it can be measured before any
-# scheduling: the duration of a decode step with 4 and with 16 requests. If the batch grows from 4 to 16 and
-# each step does 16 tokens instead of 4, then
+# scheduling: the duration of a decode step (one in which every request writes one token) with 4 and with 16
+# requests. If the batch grows from 4 to 16 and each step does 16 tokens instead of 4, then
 #
 # $$\text{speed-up} \le \frac{16 / t_{16}}{4 / t_4}$$
 #
@@ -654,7 +654,7 @@ lesson.claim(
     band=(None, 30),
     unit="%",
     because="one look-up pays for 25 KB of keys and values, and the kernel asks for the next tile early, "
-    "wherever it is. What is left is the noise of this machine",
+    "wherever it is; contiguous memory is no easier to read here",
 )
 price = {(1, 2000): price_of(1, 2000), (8, 500): price_of(8, 500)}
 lesson.table(
@@ -872,7 +872,8 @@ lesson.answer()
 # - **TensorRT-LLM** pages with `tokens_per_block` and sizes the pool by `free_gpu_memory_fraction` in its
 #   `KvCacheConfig`.
 # - **vAttention** (Prabhu et al., 2024) leaves the paging to the GPU's own virtual memory: the kernel sees
-#   one contiguous range, and the driver puts pages under it. The same waste, no tables in the kernel.
+#   one contiguous range, and the driver puts pages under it. There are no tables in the kernel; the
+#   driver's pages are larger, so more of the last one stays empty.
 # - The paper's second promise is sharing: several answers to one prompt can hold the same blocks. That is
 #   where [INF-33](INF-33.ipynb) goes on.
 #
