@@ -252,6 +252,9 @@ for axes, name in zip(panels, ("layers.1.q_proj", "layers.1.down_proj"), strict=
     axes.legend()
 
 # %% [markdown]
+# The curve does not begin at RTN's line, because of duo scaling: at $\alpha = 0$ the scales come from the
+# weights alone.
+#
 # Now all inputs. Linears that read the same input share its scales (q, k and v; gate and up), so the search
 # is one for each *input*. The gain is RTN's error over the method's, all linears of that input together. It
 # is measured twice: on the calibration's own tokens, and on *unseen* ones from other speeches. Beside AWQ
@@ -480,11 +483,10 @@ lesson.claim(
 )
 
 # %% [markdown]
-# So AWQ's scales *do* help GPTQ in the whole model, in all three seeds, though they did not lower the
-# errors of single linears above. That is a lesson of its own: the mean square error of a linear's output is
-# a stand-in for what we want, and not the thing itself. A few tokens with very large features fill most of
-# $H$; the model's predictions depend on all tokens. (This is a possible reason, and not one that we have
-# proved. What is measured is that the two disagree.)
+# So AWQ's scales *do* help GPTQ in the whole model, in all three seeds, though they helped neither the
+# single linears nor the first layers above. What helps must happen in later layers, which this notebook did
+# not take apart. Two lessons: judge a method on the whole model, and do not believe that what is true of
+# the first layers is true of all.
 #
 # How does that fit the paper? There, INT4 with groups of 128, perplexity on WikiText-2 (another text,
 # another tokenizer):
