@@ -51,11 +51,60 @@ SCALES = (
 )
 BREAKS = (
     Break(
+        "INF-00",
+        "weights are counted twice",
+        "ridgeline.ops.program",
+        "return sum(weight.num_bytes for weight in self.weights)",
+        "return 2 * sum(weight.num_bytes for weight in self.weights)",
+    ),
+    Break(
+        "INF-01",
+        "layers that look alike are counted once",
+        "ridgeline.profiling.breakdown",
+        "for i, value in enumerate((1, (end_ns - begin_ns) / 1e9, *counted[alike])):",
+        "for i, value in enumerate((1, (end_ns - begin_ns) / 1e9, *counted.get(number, (0, 0)))):",
+    ),
+    Break(
+        "INF-02",
+        "a multiply-add counts as one operation",
+        "ridgeline.ops.program",
+        "return 2 * self.num_rows(instruction.read_buffers[0], shape) * num_elements",
+        "return self.num_rows(instruction.read_buffers[0], shape) * num_elements",
+    ),
+    Break(
+        "INF-03",
+        "percentiles are those of the other end",
+        "ridgeline.bench.intervals",
+        "return float(np.percentile(np.asarray(samples, np.float64), q))",
+        "return float(np.percentile(np.asarray(samples, np.float64), 100 - q))",
+    ),
+    Break(
         "INF-10",
         "the KV cache always misses",
         "ridgeline.engine.scheduler",
         "            if not self._kv_cache:\n",
         "            if True:\n",
+    ),
+    Break(
+        "INF-11",
+        "bfloat16 cuts instead of rounding",
+        "ridgeline.quant.gguf_blocks",
+        "(np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))",
+        "np.uint32(0)",
+    ),
+    Break(
+        "INF-12",
+        "a static batch is not padded",
+        "ridgeline.engine.scheduler",
+        "num_padding=longest - wanted",
+        "num_padding=0",
+    ),
+    Break(
+        "INF-13",
+        "the number of tokens is a constant of the graph",
+        "ridgeline.engine.executors.compiled",
+        "torch._dynamo.mark_dynamic(tensor, 0)",
+        "pass",
     ),
     Break("INF-14", "scales of the quantizer are 2 % off", *SCALES),
     Break(
@@ -79,6 +128,21 @@ BREAKS = (
         "scaled = inv_freq / rope.factor * ramp + inv_freq * (1 - ramp)",
         "scaled = inv_freq / rope.factor",
     ),
+    Break("INF-24", "scales of the quantizer are 2 % off", *SCALES),
+    Break(
+        "INF-30",
+        "batches are static whatever is asked for",
+        "ridgeline.engine.scheduler",
+        'self._static = config.batching == "static"',
+        "self._static = True",
+    ),
+    Break(
+        "INF-31",
+        "every request gets a block too many",
+        "ridgeline.kvcache.manager",
+        "return -(-num_tokens // self.block_size)",
+        "return -(-num_tokens // self.block_size) + 1",
+    ),
     Break(
         "INF-33",
         "published blocks are never found",
@@ -94,6 +158,13 @@ BREAKS = (
         "return 2 * element_size * self.num_rows(buffer, shape)",
     ),
     Break("INF-41", "scales of the quantizer are 2 % off", *SCALES),
+    Break(
+        "INF-43",
+        "Q4_0 counts from -7",
+        "ridgeline.quant.gguf_blocks",
+        'return _column(b, "d") * (_unpack(b["qs"], bits=4, run=16).astype(np.float32) - np.float32(8))',
+        'return _column(b, "d") * (_unpack(b["qs"], bits=4, run=16).astype(np.float32) - np.float32(7))',
+    ),
     Break("INF-42", "scales of the quantizer are 2 % off", *SCALES),
 )
 
