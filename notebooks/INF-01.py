@@ -187,7 +187,8 @@ lesson.claim(
     value=lambda: ratio(
         lambda: recorded_decode(eager.engine),
         lambda: measure_decode(eager.engine, 1, 96, steps=2),
-        repeats=lesson.pick(3, 7),
+        repeats=lesson.pick(2, 7),
+        warmups=0,
     ),
     claimed=(0.97, 1.05),
     band=(0.8, 4),
@@ -422,7 +423,7 @@ wide = LLM("smollm2", dtype="float32", max_num_seqs=2, max_model_len=256)
 language = ratio(
     lambda: measure_decode(eager.engine, 1, 64, steps=8),
     lambda: measure_decode(wide.engine, 1, 64),
-    repeats=lesson.pick(5, 9),
+    repeats=lesson.pick(3, 9),
 )
 fewer_bytes = ratio(
     lambda: measure_decode(wide.engine, 1, 64),

@@ -212,10 +212,10 @@ lesson.claim(
 pair = [LLM("smollm2", device=lesson.device, max_num_seqs=8, max_model_len=512) for _ in range(2)]
 first, second = (lambda e=each.engine: time_batch(e, short, next(seeds))["e2el_ms"][0] for each in pair)
 quiet = [first() for _ in range(lesson.pick(12, 30))][2:]
-count_up = "import time; end = time.time() + 60\nwhile time.time() < end: pass"
+count_up = "import time; end = time.time() + 90\nwhile time.time() < end: pass"
 others = [subprocess.Popen([sys.executable, "-c", count_up]) for _ in range(2)]
 disturbed = [second() for _ in range(lesson.pick(10, 28))]
-in_turns = ratio(second, first, repeats=lesson.pick(9, 25), warmups=0)
+in_turns = ratio(second, first, repeats=lesson.pick(25, 41), warmups=2)
 for process in others:
     process.kill()
     process.wait()
@@ -234,7 +234,7 @@ lesson.claim(
     "In turns the same engine is as fast as itself, on the same disturbed machine.",
     value=in_turns,
     claimed=(0.9, 1.1),
-    band=(0.5, 2.0),
+    band=(0.4, 2.5),
     unit="x",
     because="the disturbance is as large as the thing that is measured, and few pairs were taken",
 )
