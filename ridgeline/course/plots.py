@@ -8,6 +8,8 @@ COLORS = ("#1f6feb", "#e16f24", "#2da44e", "#a475f9", "#cf222e", "#6e7781")
 """Distinct for readers with colour-blindness in this order: blue, orange, green, violet, red, grey."""
 LIMIT = "#6e7781"
 """Of lines that show a limit or a prediction; drawn dashed."""
+MAX_LABELLED_RANGE = 2000
+"""A logarithmic axis that goes over more than this factor is labelled at powers of ten only."""
 _STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
     "axes.facecolor": "white",
@@ -58,16 +60,21 @@ def figure(
 
 
 def _label_log_axes_plainly() -> None:
-    """Logarithmic axes get plain numbers, at 1, 2 and 5 of each decade (matplotlib's own collide)."""
+    """Logarithmic axes get plain numbers at 1, 2 and 5 of each decade (matplotlib's own labels collide)."""
     from matplotlib.axis import Axis
     from matplotlib.scale import LogScale, register_scale
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     class PlainLogScale(LogScale):
         def set_default_locators_and_formatters(self, axis: Axis) -> None:
+            def plain(value: float, position: int | None = None) -> str:
+                low, high = axis.get_view_interval()
+                between = f"{value:e}"[0] != "1" and self.base == 10
+                return "" if between and high > MAX_LABELLED_RANGE * low else f"{value:,.10g}"
+
             super().set_default_locators_and_formatters(axis)
             axis.set_major_locator(LogLocator(self.base, subs=(1, 2, 5) if self.base == 10 else (1,)))
-            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+            axis.set_major_formatter(FuncFormatter(plain))
             axis.set_minor_formatter(NullFormatter())
 
     register_scale(PlainLogScale)
