@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 COLORS = ("#1f6feb", "#e16f24", "#2da44e", "#a475f9", "#cf222e", "#6e7781")
@@ -44,8 +45,12 @@ def figure(
 
     rcParams.update(_STYLE)  # type: ignore[arg-type]
     rcParams["axes.prop_cycle"] = cycler(color=COLORS)
-    _label_log_axes_plainly()
-    drawing, axes = plt.subplots(1, panels, figsize=size or (7.2 if panels == 1 else 5.2 * panels, 4.0))
+    drawing, axes = plt.subplots(
+        1,
+        panels,
+        subplot_kw={"axes_class": _plain_axes()},
+        figsize=size or (7.2 if panels == 1 else 5.2 * panels, 4.0),
+    )
     every = [axes] if panels == 1 else list(axes)
     for axis in every:
         axis.set_xlabel(x)
@@ -59,22 +64,36 @@ def figure(
     return drawing, axes if panels == 1 else every
 
 
-def _label_log_axes_plainly() -> None:
-    """Logarithmic axes get plain numbers at 1, 2 and 5 of each decade (matplotlib's own labels collide)."""
-    from matplotlib.axis import Axis
-    from matplotlib.scale import LogScale, register_scale
+@cache
+def _plain_axes() -> type[Any]:
+    """Axes whose logarithmic scales are labelled with plain numbers (matplotlib's own labels collide)."""
+    from matplotlib.axes import Axes
+
+    class PlainAxes(Axes):
+        def set_xscale(self, value: Any, **options: Any) -> None:
+            super().set_xscale(value, **options)
+            _label_plainly(self.xaxis)
+
+        def set_yscale(self, value: Any, **options: Any) -> None:
+            super().set_yscale(value, **options)
+            _label_plainly(self.yaxis)
+
+    return PlainAxes
+
+
+def _label_plainly(axis: Any) -> None:
+    """At 1, 2 and 5 of each decade, at powers of ten where there are many; at powers of any other base."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    class PlainLogScale(LogScale):
-        def set_default_locators_and_formatters(self, axis: Axis) -> None:
-            def plain(value: float, position: int | None = None) -> str:
-                low, high = axis.get_view_interval()
-                between = f"{value:e}"[0] != "1" and self.base == 10
-                return "" if between and high > MAX_LABELLED_RANGE * low else f"{value:,.10g}"
+    if axis.get_scale() != "log":
+        return
+    base = axis.get_transform().base
 
-            super().set_default_locators_and_formatters(axis)
-            axis.set_major_locator(LogLocator(self.base, subs=(1, 2, 5) if self.base == 10 else (1,)))
-            axis.set_major_formatter(FuncFormatter(plain))
-            axis.set_minor_formatter(NullFormatter())
+    def plain(value: float, position: int | None = None) -> str:
+        low, high = axis.get_view_interval()
+        between = f"{value:e}"[0] != "1" and base == 10
+        return "" if between and high > MAX_LABELLED_RANGE * low else f"{value:,.10g}"
 
-    register_scale(PlainLogScale)
+    axis.set_major_locator(LogLocator(base, subs=(1, 2, 5) if base == 10 else (1,)))
+    axis.set_major_formatter(FuncFormatter(plain))
+    axis.set_minor_formatter(NullFormatter())
