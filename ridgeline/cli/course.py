@@ -18,7 +18,7 @@ course = make_app(
     name="course",
     help="""Twenty notebooks that teach inference optimisation by measuring this engine on your machine.
 
-    Examples:
+    Examples of use:
 
         ridgeline course list
 
