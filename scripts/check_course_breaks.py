@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -179,7 +180,8 @@ def main() -> None:
         if wanted and one.code not in wanted:
             continue
         ran = run_notebook(one.code, before=one.cell())
-        said = [line for problem in ran.problems for line in problem.splitlines() if line.strip()]
+        text = re.sub(r"\x1b\[[0-9;]*m", "", "\n".join(ran.problems))
+        said = [line for line in text.splitlines() if line.strip()]
         kept[f"{one.code}: {one.what}"] = {
             **asdict(one),
             "failed": bool(said),
