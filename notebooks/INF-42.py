@@ -31,7 +31,7 @@ import torch
 
 from ridgeline.compress.calibration import calibration_tokens
 from ridgeline.compress.gptq import GptqConfig, gptq, gptq_stacked
-from ridgeline.compress.grids import Grid, dequantized, output_error
+from ridgeline.compress.grids import Grid, dequantized, output_error, rtn
 from ridgeline.compress.inputs import inputs_of
 from ridgeline.compress.judge import JudgeOptions, judge
 from ridgeline.compress.passes import GROUPS, float_values
@@ -150,6 +150,22 @@ lesson.claim(
     value=float((scaled - exact).abs().max() / exact.abs().max()),
     claimed=(None, 1e-5),
     band=(None, 1e-5),
+)
+
+# %% [markdown]
+# One more thing must be true before errors mean anything: what is stored for a weight is the nearest of the
+# values that its group has. Those are one scale apart (a *step*), so no weight may move by more than half a
+# step. (A trifle more: scales are kept as float16.)
+
+# %%
+stored = rtn(weight, grid)
+step = torch.from_numpy(stored.scales).repeat_interleave(grid.group_size, dim=1)
+lesson.claim(
+    "half-a-step",
+    "Rounding to nearest moves a weight by half a step at most: the largest move, in steps",
+    value=float(((dequantized(stored, weight) - weight) / step).abs().max()),
+    claimed=(None, 0.51),
+    band=(0.45, 0.51),
 )
 
 # %% [markdown]
