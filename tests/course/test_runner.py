@@ -74,6 +74,7 @@ def test_a_good_run_is_saved_without_its_wrong_answers(checkout, monkeypatch):
             "measured 4, asserted exactly 2",
         ),
         (SOURCE.format(value=2) + "class Engine:\n    pass\n", "", "class Engine; a notebook defines none"),
+        ("# %%\nimport os\nos._exit(1)\n", "", "died"),
         ("# %%\n1\n", "", "it does not end with lesson.answer()"),
     ],
 )
