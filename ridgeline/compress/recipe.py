@@ -21,6 +21,7 @@ Method = Literal["rtn", "gptq"]
 ScalingMethod = Literal["none", "smoothquant", "awq"]
 ActivationScheme = Literal["none", "dynamic", "static", "llm-int8"]
 OUTLIER_THRESHOLD = 6.0
+ROUNDING_STEPS = 50
 HEAD_FORMATS = ("keep", "f16", "int8", "int8-gN", "int4-gN")
 
 
@@ -165,6 +166,13 @@ def _weight_only(bits: int, group_size: int) -> list[Recipe]:
             summary=f"{bits}-bit weights, AWQ's scales before GPTQ",
             scaling="awq",
             method="gptq",
+            **grid,
+        ),
+        Recipe(
+            name=f"learned-{suffix}",
+            summary=f"{bits}-bit weights, up or down learned on the layers' outputs (AdaRound)",
+            observer="mse",
+            rounding_steps=ROUNDING_STEPS,
             **grid,
         ),
     ]
