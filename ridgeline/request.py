@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
 
+from ridgeline.pickles import pickled_by_position
 from ridgeline.sampling_params import SamplingParams
 
 
@@ -85,6 +86,7 @@ class Logprob:
     decoded_token: str | None = None
 
 
+@pickled_by_position
 @dataclass(frozen=True, slots=True)
 class Sampled:
     """What an executor returns for one row with logits. Free of tensors, picklable."""

@@ -105,6 +105,10 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as its values, which are not checked again."""
+        return _restored, tuple(getattr(self, name) for name in self.__slots__)
+
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
@@ -120,6 +124,13 @@ class SamplingParams:
             for token_id in ids:
                 if token_id >= vocab_size:
                     raise _wrong(name, f"token ids from 0 to {vocab_size - 1} for this model", token_id)
+
+
+def _restored(*values: Any) -> SamplingParams:
+    params = object.__new__(SamplingParams)
+    for name, value in zip(SamplingParams.__slots__, values, strict=True):
+        object.__setattr__(params, name, value)
+    return params
 
 
 def _wrong(field: str, expected: str, given: object) -> RequestError:

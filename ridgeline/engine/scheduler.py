@@ -18,6 +18,7 @@ from ridgeline.config import SchedulerConfig
 from ridgeline.errors import RequestError
 from ridgeline.kvcache.block_pool import Content
 from ridgeline.kvcache.manager import BlockManager
+from ridgeline.pickles import pickled_by_position
 from ridgeline.request import FinishReason, Request, RequestStatus, Sampled
 from ridgeline.sampling_params import SamplingParams
 
@@ -25,6 +26,7 @@ WEIGHTS_AS_TOKENS = 8
 """Tokens of a prompt that take a core as long to compute as its weights take to read, measured."""
 
 
+@pickled_by_position
 @dataclass(frozen=True, slots=True)
 class SamplingRow:
     """What the executor needs to choose a token, or to score prompt tokens."""
@@ -42,6 +44,7 @@ class SamplingRow:
     """With prompt_logprobs: the prompt tokens that the first logit rows predict, in order."""
 
 
+@pickled_by_position
 @dataclass(frozen=True, slots=True)
 class PlanRow:
     """The part of one request in a step."""
@@ -60,6 +63,7 @@ class PlanRow:
     sampling: SamplingRow | None = None
 
 
+@pickled_by_position
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One step. Picklable, JSON-able, free of tensors."""

@@ -71,38 +71,36 @@ class ForwardBatch:
         Padding repeats the row's last position, is really computed, and is stored nowhere.
         """
         token_ids: list[int] = []
-        positions: list[npt.NDArray[np.int32]] = []
-        slots: list[npt.NDArray[np.int32]] = []
-        query_start_loc = [0]
-        seq_lens: list[int] = []
         logit_rows: list[int] = []
+        query_start_loc = [0]
         block_tables = np.full((len(rows), max((len(r.block_ids) for r in rows), default=0)), -1, np.int32)
         for i, row in enumerate(rows):
-            num_tokens = len(row.token_ids)
-            end = row.start + num_tokens
             block_tables[i, : len(row.block_ids)] = row.block_ids
-            place = np.arange(row.start, end, dtype=np.int32)
-            positions.append(place)
-            slots.append(block_tables[i, place // block_size] * block_size + place % block_size)
-            token_ids.extend(row.token_ids)
-            if row.num_padding:
-                token_ids.extend([0] * row.num_padding)
-                positions.append(np.full(row.num_padding, max(end - 1, 0), np.int32))
-                slots.append(np.full(row.num_padding, -1, np.int32))
-            logit_rows.extend(
-                range(query_start_loc[-1] + num_tokens - row.num_logits, query_start_loc[-1] + num_tokens)
-            )
-            query_start_loc.append(query_start_loc[-1] + num_tokens + row.num_padding)
-            seq_lens.append(end)
+            token_ids += row.token_ids
+            logit_rows += range(len(token_ids) - row.num_logits, len(token_ids))
+            token_ids += [0] * row.num_padding
+            query_start_loc.append(len(token_ids))
+        first = np.array([row.start for row in rows], np.int32)
+        num_tokens = np.array([len(row.token_ids) for row in rows], np.int32)
+        seq_lens = first + num_tokens
         starts = np.array(query_start_loc, np.int32)
+        counts = np.diff(starts)
+        of_row = np.repeat(np.arange(len(rows)), counts)
+        positions = np.arange(len(token_ids), dtype=np.int32) + (first - starts[:-1])[of_row]
+        is_padding = positions >= seq_lens[of_row]
+        if has_padding := bool(is_padding.any()):
+            positions = np.where(is_padding, np.maximum(seq_lens - 1, 0)[of_row], positions)
+        slots = block_tables[of_row, positions // block_size] * block_size + positions % block_size
+        if has_padding:
+            slots[is_padding] = -1
         return cls(
             token_ids=np.array(token_ids, np.int32),
-            positions=np.concatenate(positions) if positions else np.zeros(0, np.int32),
-            slot_mapping=np.concatenate(slots) if slots else np.zeros(0, np.int32),
+            positions=positions,
+            slot_mapping=slots,
             query_start_loc=starts,
-            seq_lens=np.array(seq_lens, np.int32),
+            seq_lens=seq_lens,
             block_tables=block_tables,
             logit_rows=np.array(logit_rows, np.int32),
-            max_query_len=int(np.diff(starts).max(initial=0)),
-            max_seq_len=max(seq_lens, default=0),
+            max_query_len=int(counts.max(initial=0)),
+            max_seq_len=int(seq_lens.max(initial=0)),
         )

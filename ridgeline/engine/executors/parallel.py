@@ -36,6 +36,7 @@ from ridgeline.logs import logger
 from ridgeline.models.load import LoadedModel
 from ridgeline.models.shard import plan_cuts
 from ridgeline.ops.batch import ForwardBatch
+from ridgeline.pickles import pickled_by_position
 from ridgeline.request import Sampled
 
 CollectivesKind = Literal["shared", "gloo", "nccl"]
@@ -64,6 +65,7 @@ class Setup:
     """Where rank 0 keeps the store of torch.distributed; None: this is rank 0, which says it."""
 
 
+@pickled_by_position
 @dataclass(frozen=True, slots=True)
 class Answer:
     """To message `number` of this generation."""
