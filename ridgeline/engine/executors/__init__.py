@@ -17,8 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ridgeline.config import EngineConfig, Executor
-from ridgeline.distributed.groups import Shard
-from ridgeline.engine.sampler import sample_plan
+from ridgeline.engine.sampler import Reducer, sample_plan
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
@@ -48,6 +47,11 @@ class StepHandle(Protocol):
 class ModelExecutor(Protocol):
     """Runs plans. One thread submits; results are collected in the order of submission."""
 
+    @property
+    def reducer(self) -> Reducer | None:
+        """Faster reductions over logits than numpy's, where it has them."""
+        ...
+
     def submit(self, plan: StepPlan) -> StepHandle: ...
 
     def forward(self, batch: ForwardBatch) -> npt.NDArray[np.floating]:
@@ -73,12 +77,18 @@ class FinishedStep:
         return self.sampled
 
 
-def run_plan(
-    executor: ModelExecutor, plan: StepPlan, *, block_size: int, shard: Shard | None = None
-) -> FinishedStep:
-    """Lay out the batch, compute its logits, sample from them; of several ranks one samples."""
-    logits = executor.forward(ForwardBatch.from_rows(plan.rows, block_size=block_size))
-    return FinishedStep(sample_plan(logits, plan.rows) if shard is None or shard.place.samples else {})
+def run_plan(executor: ModelExecutor, plan: StepPlan, *, block_size: int) -> FinishedStep:
+    """Lay out the batch of a plan, compute its logits, sample from them."""
+    batch = ForwardBatch.from_rows(plan.rows, block_size=block_size)
+    return FinishedStep(sample_batch(executor, plan, batch))
+
+
+def sample_batch(
+    executor: ModelExecutor, plan: StepPlan, batch: ForwardBatch, *, samples: bool = True
+) -> Mapping[str, Sampled]:
+    """Compute the batch of a plan and sample from its logits; of several ranks one `samples`."""
+    logits = executor.forward(batch)
+    return sample_plan(logits, plan.rows, executor.reducer) if samples else {}
 
 
 def unavailable_executors() -> dict[Executor, str]:

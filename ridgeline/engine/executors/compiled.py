@@ -143,6 +143,8 @@ class CompileStats:
 class CompiledExecutor:
     """Owns the torch weights and pages of a model or of a rank's part, and the compiled step."""
 
+    reducer = None
+
     def __init__(
         self,
         config: EngineConfig,
@@ -239,7 +241,7 @@ class CompiledExecutor:
         )
 
     def submit(self, plan: StepPlan) -> FinishedStep:
-        return run_plan(self, plan, block_size=self._layout.block_size, shard=self._shard)
+        return run_plan(self, plan, block_size=self._layout.block_size)
 
     def restart(self) -> None:
         raise AssertionError("an executor without ranks loses none")

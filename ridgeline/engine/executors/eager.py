@@ -45,6 +45,8 @@ def logits_to_numpy(logits: torch.Tensor) -> npt.NDArray[np.floating]:
 class EagerExecutor:
     """Owns the torch weights and pages of one model, or of one rank's part of it."""
 
+    reducer = None
+
     def __init__(
         self,
         config: EngineConfig,
@@ -76,7 +78,7 @@ class EagerExecutor:
         return logits_of(output, batch, self._shard)
 
     def submit(self, plan: StepPlan) -> FinishedStep:
-        return run_plan(self, plan, block_size=self._block_size, shard=self._shard)
+        return run_plan(self, plan, block_size=self._block_size)
 
     def restart(self) -> None:
         raise AssertionError("an executor without ranks loses none")

@@ -12,8 +12,8 @@ import numpy.typing as npt
 from ridgeline.checkpoint.checkpoint import cache_directory
 from ridgeline.config import EngineConfig
 from ridgeline.distributed.collectives import Collectives
-from ridgeline.engine.executors import FinishedStep
-from ridgeline.engine.sampler import sample_plan
+from ridgeline.engine.executors import FinishedStep, run_plan
+from ridgeline.engine.sampler import Reducer
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.models.decoder import record_decoder
@@ -39,7 +39,6 @@ class NativeExecutor:
     ) -> None:
         assert config.max_model_len and config.scheduler.max_num_batched_tokens and config.attention
         self._block_size = layout.block_size
-        self._samples = model.shard is None or model.shard.place.samples
         recorded = record_decoder(
             model.config,
             stored_weights(config, model),
@@ -67,12 +66,15 @@ class NativeExecutor:
         """The instruction set that was chosen."""
         return self.native.isa
 
+    @property
+    def reducer(self) -> Reducer:
+        return self.native
+
     def forward(self, batch: ForwardBatch) -> npt.NDArray[np.floating]:
         return self.native.step(batch)
 
     def submit(self, plan: StepPlan) -> FinishedStep:
-        logits = self.native.step(ForwardBatch.from_rows(plan.rows, block_size=self._block_size))
-        return FinishedStep(sample_plan(logits, plan.rows, self.native) if self._samples else {})
+        return run_plan(self, plan, block_size=self._block_size)
 
     def restart(self) -> None:
         raise AssertionError("an executor without ranks loses none")

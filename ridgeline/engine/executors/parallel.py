@@ -134,6 +134,8 @@ class _Posted:
 class ParallelExecutor:
     """Owns the ranks of one engine, in all their generations. The engine's thread alone calls it."""
 
+    reducer = None
+
     def __init__(self, config: EngineConfig, model: LoadedModel, layout: CacheLayout) -> None:
         """Start all ranks and wait until they are ready.
 

@@ -1,7 +1,8 @@
 """One rank as a process: `python -m ridgeline.engine.executors.rank`, started by `ParallelExecutor`.
 
 It loads its part of the model, builds the ordinary executor on it, and runs plans in the order in which they
-come. It never decides anything: what it cannot do is told to the driver, and ends the process.
+come. It never decides anything: what it cannot do is told to the driver, and ends the process. In a pipeline
+the next plan is read and laid out while this one is computed.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ import importlib
 import os
 import pickle
 import sys
+import threading
 import traceback
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Protocol
 
 from ridgeline.config import ParallelConfig
 from ridgeline.distributed.channel import Channel
 from ridgeline.distributed.collectives import SharedMemory, Traffic
 from ridgeline.distributed.ranks import Seat
-from ridgeline.engine.executors import FACTORIES, ModelExecutor
+from ridgeline.engine.executors import FACTORIES, ModelExecutor, sample_batch
 from ridgeline.engine.executors.parallel import (
     CHECKSUM,
     COMMUNICATION,
@@ -34,6 +38,9 @@ from ridgeline.engine.scheduler import StepPlan
 from ridgeline.models.locate import locate_model
 from ridgeline.models.shard import load_shard
 from ridgeline.ops.batch import ForwardBatch
+
+Message = tuple[bytes, Any, ForwardBatch | None]
+"""As it came, unpickled, and the batch that it is or asks for."""
 
 
 class _Counted(Protocol):
@@ -59,25 +66,57 @@ def _serve(steps: Channel) -> None:
     seat = Seat.from_environment(os.environ)
     executor, collectives = _build(setup, seat, steps)
     steps.send(READY)
-    checksum = number = 0
-    while True:
-        pickled = steps.receive_bytes()
-        message = pickle.loads(pickled)
+    messages = _messages(steps, setup.layout.block_size)
+    if setup.config.parallel.pp_size > 1:
+        messages = _read_ahead(messages)
+    samples = setup.place.samples
+    checksum = 0
+    for number, (pickled, message, batch) in enumerate(messages):
         value: Any = None
         if isinstance(message, StepPlan):
-            value = executor.submit(message).result()
+            assert batch is not None
+            value = sample_batch(executor, message, batch, samples=samples)
             checksum = zlib.crc32(pickled, checksum)
-        elif isinstance(message, ForwardBatch):
-            value = executor.forward(message)
+        elif batch is not None:
+            value = executor.forward(batch)
         elif message == COMMUNICATION:
             value = collectives.counters()
         elif message == MEMORY:
             value = memory_of_process()
         elif message == CHECKSUM:
             value = checksum
-        if isinstance(message, str) or setup.place.samples:
+        if isinstance(message, str) or samples:
             steps.send(Answer(number, value))
-        number += 1
+
+
+def _messages(steps: Channel, block_size: int) -> Iterator[Message]:
+    """What the driver sends, plans with their batch. Raises ConnectionError at the end."""
+    while True:
+        pickled = steps.receive_bytes()
+        message = pickle.loads(pickled)
+        if isinstance(message, StepPlan):
+            yield pickled, message, ForwardBatch.from_rows(message.rows, block_size=block_size)
+        else:
+            yield pickled, message, message if isinstance(message, ForwardBatch) else None
+
+
+def _read_ahead(messages: Iterator[Message]) -> Iterator[Message]:
+    """The same messages, from a thread that is one or more ahead; kernels run without the GIL."""
+    queue: SimpleQueue[Message | BaseException] = SimpleQueue()
+
+    def read() -> None:
+        try:
+            for message in messages:
+                queue.put(message)
+        except BaseException as error:  # raised where the message would have been
+            queue.put(error)
+
+    threading.Thread(target=read, name="ridgeline-plans", daemon=True).start()
+    while True:
+        message = queue.get()
+        if isinstance(message, BaseException):
+            raise message
+        yield message
 
 
 def _build(setup: Setup, seat: Seat, steps: Channel) -> tuple[ModelExecutor, _Counted]:
