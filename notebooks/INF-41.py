@@ -39,7 +39,7 @@ from dataclasses import replace
 import torch
 
 from ridgeline.compress.calibration import calibration_tokens
-from ridgeline.compress.gptq import GptqConfig, _solve_rows, conditioned, factorize, gptq
+from ridgeline.compress.gptq import GptqConfig, conditioned, factorize, gptq, solve_rows
 from ridgeline.compress.grids import Grid, dequantized, output_error, rtn
 from ridgeline.compress.inputs import inputs_of
 from ridgeline.compress.judge import JudgeOptions, judge
@@ -230,7 +230,7 @@ lesson.claim(
 #   product of matrices (`addmm_`): the **lazy** updates of the paper. It changes speed, not results.
 
 # %%
-lesson.source(_solve_rows)
+lesson.source(solve_rows)
 
 # %% [markdown]
 # ## Measurement

@@ -208,12 +208,12 @@ def _solve(weight: Tensor, grid: Grid, config: GptqConfig, factor: Factor) -> tu
         rows = slice(start, start + ROWS_AT_ONCE)
         w = weight[rows].t()[order].contiguous()
         grids = None if fixed is None else (fixed[0][rows], fixed[1][rows])
-        found.append(_solve_rows(w, scaled, cost, grid, config.block_size, group, grids))
+        found.append(solve_rows(w, scaled, cost, grid, config.block_size, group, grids))
     codes, d, z = (torch.cat(parts, 1).t().contiguous() for parts in zip(*found, strict=True))
     return codes[:, order.argsort()] if config.act_order == "static" else codes, d, z
 
 
-def _solve_rows(
+def solve_rows(
     w: Tensor,
     scaled: Tensor,
     cost: Tensor,

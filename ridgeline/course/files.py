@@ -10,6 +10,8 @@ from ridgeline.errors import ConfigError
 PROFILE = "RIDGELINE_COURSE_PROFILE"
 """fast (some seconds a measurement, the default) or full."""
 DEVICE = "RIDGELINE_COURSE_DEVICE"
+MEASURED = "RIDGELINE_COURSE_MEASURED"
+"""report: a measured claim that fails is told and the run goes on; unset: every claim that fails ends it."""
 RESULTS = "RIDGELINE_COURSE_RESULTS"
 """The folder that the run writes its data file to; unset: the reader's own."""
 

@@ -1,8 +1,9 @@
 """From the source of a notebook to an executed .ipynb: convert, run in a fresh kernel, hold to the form.
 
 The header comes from the catalog. Cells tagged "wrong" feed wrong answers to the checkers: they are run and
-then left out of the notebook. A run fails for a claim outside its band, for anything on stderr, for a stub
-that passes, a solution that fails, or a checker that was not shown two wrong answers.
+then left out of the notebook. A run fails for a claim outside its band (a measured one only if the variable
+`files.MEASURED` does not say otherwise), for anything on stderr, for a stub that passes, a solution that
+fails, or a checker that was not shown two wrong answers.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def run_notebook(code: str, *, profile: Profile = "fast", save: bool = False, be
         problems += _form_problems(entry, results)
     if save and seconds > LIMIT_S[profile]:
         problems.append(f"took {seconds:.0f} s; {profile} runs have {LIMIT_S[profile]}")
+    if save:
+        problems += results.get("reported", ())
     ran = Ran(entry.code, seconds, results, tuple(problems))
     if save and not problems:
         _save(entry, book, ran)

@@ -6,7 +6,7 @@ import pytest
 
 from ridgeline.course import ClaimError, ExerciseError, Figure, Lesson
 from ridgeline.course.exercises import Exercise
-from ridgeline.course.files import PROFILE, RESULTS
+from ridgeline.course.files import MEASURED, PROFILE, RESULTS
 from ridgeline.errors import ConfigError
 
 
@@ -46,6 +46,20 @@ def test_what_does_not_hold_needs_a_reason_and_a_band_needs_room(lesson):
         lesson.claim("c", "s", value=Figure([1.0, 3.0, 5.0]), claimed=(2, 4), band=(2, 4))
     found = lesson.claim("c", "s", value=3.0, claimed=(5, 10), band=(1, 10), because="it is {c:.2f}")
     assert found.verdict == "does not hold here, because it is 3.00"
+
+
+def test_where_measurements_are_only_reported_an_exact_claim_still_fails(lesson, monkeypatch, capsys):
+    monkeypatch.setenv(MEASURED, "report")
+    kept = {"claimed": (5, 10), "band": (5, 10)}
+    lesson.claim("timed", "s", value=lambda: 1.0, **kept)
+    lesson.claim("spread", "s", value=Figure([2.0, 3.0, 4.0]), **kept)
+    with pytest.raises(ClaimError):
+        lesson.claim("exact", "s", value=3.0, **kept)
+    assert ["timed: measured 1" in lesson.reported[0], "spread: measured 3" in lesson.reported[1]] == [
+        True,
+        True,
+    ]
+    assert lesson.document()["reported"] == lesson.reported and "asserted 5 to 10" in capsys.readouterr().out
 
 
 def _even(answer, lesson):

@@ -7,6 +7,7 @@ import pytest
 from ridgeline.course import runner
 from ridgeline.course.catalog import NOTEBOOKS, notebook
 from ridgeline.course.exercises import Exercise
+from ridgeline.course.files import MEASURED
 from ridgeline.errors import ConfigError
 
 pytest.importorskip("nbclient")
@@ -82,6 +83,15 @@ def test_what_fails_a_run(checkout, source, before, problem):
     ran = run(checkout, source, before=before, save=True)
     assert any(problem in found for found in ran.problems), ran.problems
     assert not (checkout / "notebooks/INF-10.ipynb").exists()
+
+
+def test_a_run_that_reports_is_good_and_is_not_saved(checkout, monkeypatch):
+    monkeypatch.setenv(MEASURED, "report")
+    monkeypatch.setattr(runner, "_form_problems", lambda entry, results: [])
+    source = SOURCE.format(value="lambda: 3")
+    ran = run(checkout, source)
+    assert ran.problems == () and "measured 3, asserted exactly 2" in ran.results["reported"][0]
+    assert run(checkout, source, save=True).problems and not (checkout / "notebooks/INF-10.ipynb").exists()
 
 
 @pytest.mark.parametrize(
