@@ -220,7 +220,7 @@ def _lines(document: Mapping[str, Any]) -> list[str]:
     ]
     lines += [
         "",
-        f"  {'all matrices as':<18}{'weights':>12}{'tokens that fit':>18}{'TTFT':>12}{'decode':>14}",
+        f"  {'all matrices as':<18}{'weights':>12}{'tokens that fit':>18}{'TTFT':>12}{'decode':>16}",
     ]
     lines += [_format_line(other) for other in document["formats"]]
     return lines
@@ -253,5 +253,5 @@ def _rank_lines(document: Mapping[str, Any]) -> list[str]:
 def _format_line(other: Mapping[str, Any]) -> str:
     return (
         f"  {other['format']:<18}{show_bytes(other['weight_bytes']):>12}{other['num_tokens']:>18,}"
-        f"{1e3 * other['prefill_s']:>9,.1f} ms{other['decode_tok_s']:>8,.1f} tok/s"
+        f"{1e3 * other['prefill_s']:>9,.1f} ms{other['decode_tok_s']:>10,.1f} tok/s"
     )
