@@ -9,9 +9,9 @@
 # first optimisation that every inference engine has, and the one that all others in this course stand on:
 # batching, paging, prefix caching and attention kernels are all ways to arrange, share or read this memory.
 #
-# Three words before we begin, from [INF-02](INF-02.ipynb). A **step** is one run through the model.
-# **Prefill** is the step that computes the prompt, many tokens at once. **Decode** is every step after it:
-# one new token.
+# Three words before we begin, from [INF-00](INF-00.ipynb) and [INF-02](INF-02.ipynb). A **step** is one run
+# through the model. **Prefill** is the step that computes the prompt, many tokens at once. **Decode** is
+# every step after it, and gives one new token.
 #
 # Take a text of 512 tokens, prompt and answer so far together. How many times faster is the next decode step
 # with a KV cache than without? People say "5 to 10 times". Put your own number in place of `None`: what you
@@ -81,17 +81,20 @@ lesson.predict("kv_speedup", None, unit="x")
 # - **Recompute**: $n$ tokens share one read of the weights, so arithmetic decides. With $P$ weights, a token
 #   costs $2P$ operations (a multiplication and an addition for each weight); at $R$ operations a second
 #   $$ t_\text{recompute}(n) \approx n \cdot \frac{2P}{R} $$
+#   (from about the $n^{*}$ tokens of [INF-02](INF-02.ipynb) on; for fewer, reading the weights still decides.
+#   Attention is left out: its part grows with $n^2$ and is small for short texts.)
 # - **With the cache**: one token, so reading decides. With $W$ bytes of weights, $b$ bytes of cache for a
 #   token, and $B$ bytes a second from memory
 #   $$ t_\text{cached}(n) \approx \frac{W + n\,b}{B} $$
+#   (INF-02 used the letter $b$ for the bits of a weight, and $F$ for what is $R$ here.)
 #
 # Their ratio is the speed-up of a decode step:
 #
 # $$ S(n) = \frac{t_\text{recompute}(n)}{t_\text{cached}(n)} \approx n \cdot \frac{2P/R}{(W + n\,b)/B} $$
 #
-# No number such as "5 to 10" can be read from this formula: $S$ is a **line through zero**. It grows with $n$
-# until the cache itself is large beside the weights ($n\,b \approx W$). What the machine decides is the
-# slope.
+# No number such as "5 to 10" can be read from this formula: $S$ is a **line**. Between $n^{*}$ and the length
+# where the cache itself is large beside the weights ($n\,b \approx W$) it grows in proportion to $n$, with
+# the slope $(2P/R)\,/\,(W/B)$. The model gives $P$ and $W$, the machine gives $R$ and $B$.
 #
 # ### What it costs
 #
@@ -136,7 +139,9 @@ lesson.table(
 #
 # The package writes a model down as a list of instructions (its *Program*), counts bytes and operations of
 # each, and divides them by the limits that it has measured on this machine: GB/s from memory, operations a
-# second. The sum is a **bound**: no program can be faster than that here.
+# second. The sum is a **bound**: no program can be faster than that here. `step_s` takes one pair for each
+# request, (tokens to compute, tokens in the text), and the number of positions whose next token is wanted. So
+# `(n, n)` is a step without cache, and `(1, n)` is one with it.
 
 # %%
 limits = machine_limits() if lesson.device == "cpu" else measure_cuda()
@@ -172,8 +177,8 @@ lesson.say("""
 The model has W = {weight_mb:.0f} MB of weights, one token costs {token_gflop:.2f} GFLOP (billions of
 operations), and this machine reads about {bandwidth:.0f} GB/s when it goes through that many bytes again and
 again. With the cache, a step is almost all reading and hardly changes with the length; without it, each
-further token adds the same time again. At 512 tokens the arithmetic says **{bound_512:.0f} times**, as long
-as kernels get equally close to both limits.
+further token adds about the same time again (a little more in longer texts, because of attention). At 512
+tokens the arithmetic says **{bound_512:.0f} times**, as long as kernels get equally close to both limits.
 """)
 
 # %% [markdown]
@@ -195,7 +200,8 @@ lesson.source(Scheduler.update)
 # the next step computes). It makes the comparison below fair.
 #
 # Let us watch it. The function here is the engine's own loop (`LLMEngine.step`) without text and statistics:
-# decide the step (a **plan**), compute it, record it.
+# decide the step (a **plan**), compute it, record it. A plan has one **row** for each request: the position
+# it starts at and the tokens to compute. There is one request here, so we look at `plan.rows[0]`.
 
 
 # %%
@@ -232,7 +238,7 @@ lesson.table(
 
 lesson.claim(
     "one-new-token",
-    "With a cache, a step after the first computes one token (the most of the steps above)",
+    "With a cache, a step after the first computes one token (the largest number in the steps above)",
     value=max(len(plan.rows[0].token_ids) for plan in plans[True][1:]),
     claimed=(1, 1),
     band=(1, 1),
@@ -250,8 +256,12 @@ lesson.claim(
 #
 # $$ \text{slot}(i) = \text{block\_table}[\lfloor i / 32 \rfloor] \cdot 32 + i \bmod 32 $$
 #
-# Blocks are handed out when they are needed, and their order in memory does not matter. (Why not one piece
-# for each request? [INF-31](INF-31.ipynb).) Here are the slots of the steps above, with the cache on.
+# An example: a request has the block table (3, 7). Position 40 is in its second block ($\lfloor 40/32 \rfloor
+# = 1$), at place 8 (40 mod 32), so its slot is 7 · 32 + 8 = 232. Blocks are handed out when they are needed,
+# and their order in memory does not matter. (Why not one piece for each request? [INF-31](INF-31.ipynb).)
+#
+# Here are the slots of the steps above, with the cache on. This text is short: one block, number 0, so slot
+# and position are still the same number.
 
 # %%
 for plan in plans[True]:
@@ -259,10 +269,12 @@ for plan in plans[True]:
     print(f"step {plan.step}: block table {plan.rows[0].block_ids}, K and V go to slots {batch.slot_mapping}")
 
 # %% [markdown]
-# And this writes them, in the torch executor (the C++ kernels do the same). `k_pages` and `v_pages` are the
-# memory of one layer, all its blocks; the scales are there for 8-bit caches only. In words: skip padding
-# (places in a batch that belong to no token), and write each token's K and V to its slot. It runs in every
-# layer **before** attention reads the cache of that layer, so a token finds its own key there too.
+# And this writes them, in the eager executor of [INF-01](INF-01.ipynb) (PyTorch; the C++ kernels of the
+# native one do the same). `k_pages` and `v_pages` are the memory of one layer: all its blocks, here called
+# pages. `[T, G*D]` is T tokens, each with G KV heads of D numbers. The scales are there for 8-bit caches
+# only. In words: skip padding (places in a batch that belong to no token), and write each token's K and V to
+# its slot. It runs in every layer **before** attention reads the cache of that layer, so a token finds its
+# own key there too.
 
 # %%
 lesson.source(store_kv)
@@ -273,8 +285,10 @@ lesson.source(store_kv)
 # ### Does it change the answer?
 #
 # By the argument above it must not: the same keys and values, remembered instead of computed again. We ask
-# for more than the same words: the same log-probabilities, which show differences that the choice of a token
-# hides. The engine is *greedy* here (temperature 0): it always takes the most probable token.
+# for more than the same words. The model gives each token that it chose a probability; its logarithm is the
+# token's **log-probability**, and `cumulative_logprob` is their sum over the answer. It shows differences
+# that are too small to change the choice of a token. The engine is *greedy* here (temperature 0): it always
+# takes the most probable token.
 
 # %%
 prompts = ["The capital of France is", "1, 2, 3,", "A cache is a place where"]
@@ -307,7 +321,8 @@ lesson.claim(
     because="matrix products of one row and of many round differently on this device",
 )
 lesson.say("""
-Of {num_compared} tokens; the log-probabilities of whole answers differ by {logprob_difference:.1g} at most.
+{num_compared} tokens were compared. The log-probability of a whole answer differs by {logprob_difference:.1g}
+at most with and without the cache.
 This engine's CPU kernels promise bit for bit the same numbers for a token, whether it is computed alone or
 among others.
 """)
@@ -315,7 +330,7 @@ among others.
 # %% [markdown]
 # Not every engine does: where a matrix product of one row adds up in another order than one of many rows, the
 # results differ in the last digits, and now and then a close call between two words falls the other way. That
-# is rounding, not a wrong cache, and it is why tests of caches compare log-probabilities within a bound.
+# is rounding, not a wrong cache, and it is why tests of caches compare log-probabilities with a tolerance.
 #
 # ### Is a token as large as the formula says?
 #
@@ -365,10 +380,11 @@ Difference of the peaks over difference of the tokens: **{peak_bytes:,.0f} bytes
 # %% [markdown]
 # ### How much faster is a step?
 #
-# The bounds said: a line that grows with the text. Now the clock. Each ratio is taken in turns (one step
-# without cache, one with, and again), because a shared machine changes its speed from second to second and
-# turns see the same machine. What stands in the table is the median and, in brackets, the quartiles: half of
-# all samples lie between them. The column "without" is the product of the two beside it.
+# The bounds said: a line that grows with the text. Now the clock. `measure_decode`, known from
+# [INF-02](INF-02.ipynb), is the median of a few decode steps around a length. Each ratio is taken in turns
+# (some steps without cache, some with, and again), because a shared machine changes its speed from second to
+# second and turns see the same machine. What stands in the table is the median and, in brackets, the
+# quartiles: half of all samples lie between them. The column "without" is the product of the two beside it.
 
 # %%
 options = {"device": lesson.device, "max_num_seqs": 1, "max_model_len": 2048, "enable_prefix_caching": False}
@@ -425,10 +441,13 @@ gains.minorticks_off()
 _ = gains.legend()
 # %% [markdown]
 # Read the left plot first. With the cache, the line is nearly flat beside the other: a step reads the weights
-# once, whatever the text. Without, it rises in proportion to the text. Dashed are the bounds of the machine;
-# both measured lines lie above theirs, as they must.
+# once, whatever the text. Without, it rises nearly in proportion to the text once the text is long enough; at
+# the left end a part that does not depend on the text still counts. (All axes are logarithmic.) Dashed are
+# the bounds of the machine; both measured lines lie above theirs, as they must.
 #
-# Right: their ratio. "5 to 10 times" (the shaded band) is not wrong, it is one place on the line.
+# Right: the ratio of the two. A ratio of two bounds is itself no bound: the measured speed-up may be on
+# either side of the dashed line. It is above where the step with the cache comes closer to its bound than the
+# step without. "5 to 10 times" (the shaded band) is one place on the line.
 
 # %%
 curve = [[speedups[n] for n in lengths], lengths]
@@ -456,11 +475,13 @@ lesson.claim(
 )
 
 # %% [markdown]
-# ### Where the difference to the arithmetic comes from
+# ### How far each step is from its bound
 #
-# Compare the measured slope with that of the bounds. The two agree in shape; the distance is how far each
-# kind of kernel stays from its limit. Two numbers tell the kinds apart: what one more token of text adds to a
-# step without cache, and what a step with the cache costs.
+# Both steps take longer than their bounds, so compare times before ratios. How far each is from its bound
+# decides the speed-up: it is the speed-up by the bounds, times the second percentage below, divided by the
+# first. If the two are about equal, they cancel, and the measured line lies on the dashed one. Two numbers
+# tell: what one more token of text adds to a step without cache, and what a step with the cache costs for a
+# short text.
 
 # %%
 low, high = lengths[1], lengths[-1]
@@ -473,8 +494,8 @@ lesson.record("of_compute", 100 * bound_token_s / token_s)
 lesson.record("of_memory", 100 * cached_bound[low] / step_s[low])
 lesson.record("break_even", step_s[low] / token_s)
 lesson.say("""
-- One more token in a step without cache: **{token_ms:.2f} ms**. The arithmetic of its matrices at this
-  machine's best would take {of_compute:.0f} % of that.
+- One more token in a step without cache: **{token_ms:.2f} ms**. By the bounds it would add {of_compute:.0f} %
+  of that.
 - One step with the cache: **{step_ms:.2f} ms**. Reading its bytes at this machine's best would take
   {of_memory:.0f} % of that. The rest: kernels reach a part of that best, over a hundred of them wait for one
   another in each step, and there is some Python around it.
@@ -487,8 +508,8 @@ several requests.
 """)
 
 # %% [markdown]
-# A second witness: `docs/results/ladder.json`, where the same switch was turned on in another executor
-# (torch, float32) and on a whole workload: twelve requests with prompts of 96 to 224 tokens, prefill
+# A second witness: `docs/results/ladder.json`, where the same switch was turned on in the eager executor,
+# with float32 weights, and on a whole workload: twelve requests with prompts of 96 to 224 tokens, prefill
 # included.
 
 # %%
@@ -499,9 +520,10 @@ lesson.record("ladder_command", " ".join(ladder["command"][1:4]))
 lesson.record("ladder_gain", rung["speed_up"])
 lesson.say("""
 There it was **{ladder_gain:.1f} times** the tokens a second (measured {ladder_date} by `ridgeline
-{ladder_command}`): whole requests, prefill included, in an executor whose kernels are at another distance
-from the two limits. The same line with another slope. When you read "5 to 10 times" somewhere, ask for the
-length of the text and for the machine.
+{ladder_command}`). This is one number over texts of many lengths. It must be smaller than the speed-up of a
+decode step, because it includes the prefill, which the cache does not make faster; and in this executor the
+kernels are at another distance from the two limits, so the slope is another one. When you read "5 to 10
+times" somewhere, ask for the length of the text and for the machine.
 """)
 
 # %% [markdown]
@@ -516,6 +538,7 @@ length of the text and for the machine.
 # %%
 def one_token(llm):
     prompt = {"prompt_token_ids": list(range(100, 356))}
+    # None, so that `ratio` takes the seconds of the call
     return lambda: llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1)) and None
 
 
@@ -533,8 +556,9 @@ lesson.claim(
 # ### Long texts: now the cache must be read
 #
 # Look at $t_\text{cached}(n) = (W + n\,b)/B$ again. At some length, reading K and V takes as long as reading
-# the weights, and beyond it the step is slower in proportion to the text, cache or not. (It is an exercise
-# below to say where.) The bound and the clock, for one request whose text grows:
+# the weights. (It is an exercise below to say where.) Beyond it the cache is the larger part of what a step
+# reads, and its time comes closer and closer to being proportional to the text. The cache is still worth it:
+# without it, all tokens would be computed again. The bound and the clock, for one request whose text grows:
 
 # %%
 without.close()
@@ -567,10 +591,10 @@ lesson.claim(
 )
 
 # %% [markdown]
-# The slope is steeper than the bound's: attention reads keys and values in small pieces, a tile at a time,
-# and does not keep enough reads in flight to fill the memory bus (`docs/LOG.md` has the measurement). Better
-# attention kernels are the topic of [INF-20](INF-20.ipynb); fewer KV heads, which make $b$ smaller, that of
-# [INF-21](INF-21.ipynb).
+# The measured time grows faster than the bound: attention reads keys and values in small pieces (a *tile* of
+# 32 tokens at a time) and has too few reads under way at once to get all the bandwidth of the memory
+# (`docs/LOG.md` has the measurement). Better attention kernels are the topic of [INF-20](INF-20.ipynb); fewer
+# KV heads, which make $b$ smaller, that of [INF-21](INF-21.ipynb).
 #
 # ### Many requests: now the cache must fit
 #
@@ -583,9 +607,9 @@ lesson.record("max_position", model.config.max_position)
 lesson.record("times_weights", full_bytes / lesson.values["weight_bytes"])
 lesson.say("""
 32 requests, each with room for the {max_position:,} tokens that this model can take: **{full_gib:.1f} GiB**
-of cache, {times_weights:.0f} times the weights. A server runs out of cache long before it runs out of
-anything else, and most of this course's second half is about that: paging ([INF-31](INF-31.ipynb)) so that
-nothing is reserved in vain, sharing ([INF-33](INF-33.ipynb)) so that nothing is kept twice.
+of cache, {times_weights:.0f} times the weights. With many long requests it is the cache, not the weights,
+that fills the memory. Most of this course's second half is about that: paging ([INF-31](INF-31.ipynb)) so
+that nothing is reserved in vain, sharing ([INF-33](INF-33.ipynb)) so that nothing is kept twice.
 """)
 
 # %% [markdown]
@@ -617,8 +641,8 @@ lesson.exercise("tokens-computed")
 # %% [markdown]
 # Write a function of the prompt's tokens `p` and the answer's tokens `n` which says how many tokens are
 # computed in all **without** a cache, the prompt's first computation included. (The table of steps above
-# shows the first four steps of one.) Then compare it with what a cache needs, `p + n - 1`, for a prompt of
-# 100 tokens and an answer of 400.
+# shows the first four steps of one such request.) Then compare it with what a cache needs, `p + n - 1` (the
+# last token of the answer is given out and never computed), for a prompt of 100 tokens and an answer of 400.
 
 # %%
 tokens_computed = ...  # for example: lambda p, n: ...
@@ -668,8 +692,10 @@ lesson.exercise("equal-context")
 
 # %% [markdown]
 # At how many tokens in the text does a decode step of one request read as many bytes of cache as of weights?
-# Use `lesson.values["weight_bytes"]` and `kv_token_bytes`, and look whether the table of long texts agrees:
-# there the *bound* should be twice that of a short text.
+# Use `lesson.values["weight_bytes"]` and `kv_token_bytes`. Then look at the table of long texts: at that
+# length a step reads twice the bytes of a short text. Its *bound* may be more than twice as long: the more
+# bytes a step reads, the less of them the processor's caches hold, and the slower they come
+# ([INF-00](INF-00.ipynb)).
 
 # %%
 equal_context = ...  # tokens
@@ -692,9 +718,9 @@ lesson.refuses("equal-context", lesson.values["weight_bytes"] / (kv_token_bytes 
 lesson.say("""
 A KV cache is correct because attention looks backwards only: keys and values of a token never change once
 they are computed. It turns a step over *n* tokens (arithmetic decides) into a step over one (reading the
-weights decides), and so it gains *n* divided by the tokens that a read of the weights is worth, here about
-{break_even:.0f}. At 512 tokens that was **{kv_speedup:.0f} times**. The price is {kv_token_bytes:,} bytes a
-token, known from the config in advance.
+weights decides), and so it gains *n* divided by the number of tokens that could be computed again in the time
+of one step with the cache, here about {break_even:.0f}. At 512 tokens that was **{kv_speedup:.0f} times**.
+The price is {kv_token_bytes:,} bytes a token, known from the config in advance.
 """)
 lesson.answer()
 

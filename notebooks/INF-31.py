@@ -103,7 +103,8 @@ model whose weights take about 100 MB.
 # $$\text{waste}_\text{contiguous} = 1 - \frac{L}{M}$$
 #
 # In the paged layout a request holds whole blocks of $B$ slots. All of them are full but the last one,
-# which has between 0 and $B-1$ empty slots. All of these are equally likely, so $(B-1)/2$ on average:
+# which has between 0 and $B-1$ empty slots. All of these are equally likely, so $(B-1)/2$ on average. So it
+# reserves $L + (B-1)/2$ slots, and
 #
 # $$\text{waste}_\text{paged} = \frac{(B-1)/2}{L + (B-1)/2}$$
 #
@@ -194,11 +195,12 @@ lesson.source(BlockPool.allocate)
 
 # %% [markdown]
 # Read it once with the question "which block does a request get?". The answer is: whichever is first in the
-# list of free ones. No search for a gap that is long enough, no moving of others to make one: every block
-# is as good as every other. This is why paging has no *external* fragmentation (gaps between requests that
-# are free but too small). What remains is *internal* fragmentation: the empty end of each request's last
-# block. (The lines about `content` belong to prefix caching; [INF-33](INF-33.ipynb) is about them, and here
-# it is switched off.)
+# list of free ones. (A block that is given back goes to the front of this list, if nothing in it is kept for
+# later, so it is the next to be used.) No search for a gap that is long enough, no moving of others to make
+# one: every block is as good as every other. This is why paging has no *external* fragmentation (gaps between
+# requests that are free but too small). What remains is *internal* fragmentation: the empty end of each
+# request's last block. (`ref_count` says how many requests hold a block; here it is 0 or 1. It and the lines
+# about `content` are for prefix caching, [INF-33](INF-33.ipynb), which is switched off in this notebook.)
 #
 # `BlockManager` owns the block tables. Before every **step** (one pass through the model, which computes
 # the next token of every running request), the scheduler asks it for room for the tokens that the step will
@@ -210,13 +212,14 @@ lesson.source(BlockManager.allocate)
 # %% [markdown]
 # `num_missing` is nearly always 0: a request that writes one token a step needs a new block only in every
 # $B$-th step. If there is no block, the answer is `False`, and the scheduler must do something about it; we
-# come to that.
+# come to that. (`_drop_behind_window` is for models whose attention sees only the newest tokens; for ours it
+# does nothing.)
 #
 # How is the contiguous layout made in this engine? It is the same code with one setting:
 # `kv_layout="contiguous"` means that a block has `max_model_len` slots, so that each request gets exactly
 # one. Everything else is equal, which is what makes the comparison fair.
 #
-# ### One request, followed
+# ### Three requests, followed
 #
 # Three requests with prompts of 40 tokens. The first shall write 12 tokens, the others 60. We look at the
 # block tables after every step and print them when they change.
@@ -239,23 +242,27 @@ with LLM(
 lesson.table("tables", rows)
 
 # %% [markdown]
-# In the first step each request gets two blocks, because 40 tokens do not fit into one of 32. When the
-# first request has written its 12 tokens, it is finished, and its blocks are free at once. When the other
-# two have more than 64 tokens, they need a third block, and get the ones that the first request left. Their
-# tables are now out of order: the third block of the text lies *before* the first one in memory. In step 58
-# they need a fourth. Nobody minds the order.
+# In the first step each request gets two blocks, because 40 tokens do not fit into one of 32. When the first
+# request has written its 12 tokens, it is finished, and its blocks are free at once. When the other two have
+# more than 64 tokens, they need a third block, and get those that the first request left: they are at the
+# front of the list of free blocks, before those that were never used. Their tables are now out of order: the
+# third block of the text lies *before* the first one in memory. In step 58 they need a fourth. Nobody minds
+# the order.
 #
 # Where, then, is a token? The token at position $p$ of the text is in entry $\lfloor p/B \rfloor$ of the
 # block table, at offset $p \bmod B$ inside that block:
 #
 # $$\text{slot} = \text{table}[\lfloor p / B \rfloor] \cdot B + p \bmod B$$
 #
-# The engine computes this for all tokens of a step at once and calls it the **slot mapping**. It is one
-# array in the `ForwardBatch`, which is what an executor gets. Let us ask for the slots of the positions 60
-# to 67 of the second request, with the table that it had at the end:
+# The engine computes this for all tokens of a step at once and calls it the **slot mapping**. It is one array
+# in the `ForwardBatch`, which is what an executor gets. Let us ask for the slots of the positions 60 to 67 of
+# the second request (*request 1* in the table; the eight token ids do not matter), with the table that it had
+# at the end:
 
 # %%
-batch = ForwardBatch.from_rows([Row(tuple(range(8)), 60, table, 1)], block_size=32)
+batch = ForwardBatch.from_rows(
+    [Row(token_ids=range(8), start=60, block_ids=table, num_logits=1)], block_size=32
+)
 lesson.table(
     "slots",
     [
@@ -267,9 +274,9 @@ lesson.table(
 # %% [markdown]
 # Between position 63 and position 64 the slot jumps to another part of the memory. That jump, once in 32
 # tokens, is the whole indirection. When the attention kernel reads the keys and values of this request, it
-# follows the same table, one block after the other. On a CPU a block is one **tile** of the kernel, a piece
-# of keys and values that it works on at a time ([INF-20](INF-20.ipynb)), which is why our blocks are
-# multiples of 32 slots.
+# follows the same table, one block after the other. On a CPU the kernel works on one **tile** at a time, the
+# keys and values of 32 tokens ([INF-20](INF-20.ipynb)). A block must be one tile or several whole ones, which
+# is why our block sizes are multiples of 32.
 #
 # ### The same tokens
 #
@@ -289,6 +296,7 @@ for layout in ("contiguous", "paged"):
         max_model_len=256,
         kv_cache_tokens=1024,
         max_num_seqs=6,
+        enable_prefix_caching=False,
     ) as llm:
         answers[layout] = [o.outputs[0].token_ids for o in llm.generate(prompts, params)]
 different = sum(a != b for a, b in zip(answers["contiguous"], answers["paged"], strict=True))
@@ -307,7 +315,9 @@ lesson.claim(
 #
 # To measure waste we need to see every step of a long run. `simulate` gives us that in a second: it runs
 # the engine's own scheduler and block manager, but puts a formula for the duration of a step in the place
-# of the model ([INF-30](INF-30.ipynb)). Slots do not depend on how fast the steps are. `on_step` sees the
+# of the model ([INF-30](INF-30.ipynb)). All requests are there at the start (the default of `Workload`), so
+# which request gets which slots does not depend on how fast the steps are. `clock` may therefore be any
+# formula; ours, 4 ms a step and 0.5 ms a token, is invented. `on_step` sees the
 # plan of each step: for each request, its place in the text, its new tokens, and its block table.
 
 
@@ -377,7 +387,10 @@ axes.set_ylim(0, 100)
 _ = axes.legend()
 
 # %% [markdown]
-# The dashed line is the paged formula for any block size. The points sit on it as long as a block is small
+# (*Most requests at once* is a peak, and bounded by our 64 seats too: at the start all requests are young and
+# small, so more of them fit than the arithmetic says for the average. The average comes below.)
+#
+# The dashed lines are the paged formula for any block size. The points sit on it as long as a block is small
 # beside a request. Where blocks get as long as whole requests, "every number of empty slots is equally
 # likely" is no longer true: a request of 60 tokens in a block of 256 leaves 196 empty, never 3. So the
 # points rise above the line, and at the right end, where a block is as long as the limit, they reach the
@@ -415,7 +428,8 @@ lesson.claim(
     band=(16, 18),
     unit="%",
     because="half a block is empty whatever the request, and a short one stores only {short_stored:.0f} "
-    "tokens on average; it takes blocks of 4 or 8 slots to get below 4 % here",
+    "tokens on average; by the same formula, blocks of 8 slots would still be above 4 %, and only blocks of "
+    "4 or fewer below it",
 )
 
 # %% [markdown]
@@ -438,9 +452,9 @@ for axes, (title, size) in zip(panels, (("contiguous", LIMIT), ("paged, blocks o
 _ = panels[1].legend(loc="upper right")
 
 # %% [markdown]
-# Left, the cache is full nearly all the time, and nearly empty inside. Right, it is full and used, and all
-# the work is done in a fraction of the steps. The paged run has a tail, as every run has: when no requests
-# are waiting any more, the last long answers finish alone.
+# Left, the cache is full nearly all the time, and four fifths of it are empty inside. Right, it is full and
+# used, and all the work is done in a fraction of the steps. The paged run has a tail, as every run has: when
+# no requests are waiting any more, the last long answers finish alone.
 #
 # ### More requests at once
 #
@@ -473,13 +487,16 @@ that were let in together are young together: they store less than the average a
 # More requests at once share one read of the weights ([INF-12](INF-12.ipynb)), so a step with many requests
 # costs less *per request*. How much less depends on the machine, and it can be measured before any
 # scheduling: the duration of a decode step (one in which every request writes one token) with 4 and with 16
-# requests. If the batch grows from 4 to 16 and each step does 16 tokens instead of 4, then
+# requests, $t_4$ and $t_{16}$. (Four is what the contiguous layout has room for below, and 16 is the number
+# of seats.) A step with 16 requests writes 16 tokens in $t_{16}$ seconds, so
 #
 # $$\text{speed-up} \le \frac{16 / t_{16}}{4 / t_4}$$
 #
 # Now the real engine, both layouts in the same 2,048 slots with a limit of 512: 4 contiguous requests, or
 # as many paged ones as fit. `drive` sends the requests and runs the engine to the end; the figure is output
-# tokens a second. The layouts run in turn, so that a slow moment of the machine hits both.
+# tokens a second. The layouts run in turn, so that a slow moment of the machine hits both. `step_line` is the
+# model of the machine from [INF-30](INF-30.ipynb): a constant for each step, so much for each request that
+# writes a token, so much for each token of a prompt.
 
 # %%
 small = Workload(
@@ -553,19 +570,19 @@ for llm in engines.values():
     llm.close()
 
 # %% [markdown]
-# So the memory was used as promised, and the speed did not follow. The reason is not in the cache. (Between
-# the bound and what was measured are the prompts, which cost the same in both layouts, and the end of the
-# run, when only a few long answers are left.) A larger batch only helps while reading the weights is what a
-# step waits for. A CPU has few arithmetic units for the bandwidth of its memory, so the batch where
+# So the memory was used as promised, and the speed grew by much less. The reason is not in the cache.
+# (Between the bound and what was measured are the prompts, which cost the same in both layouts, and the end
+# of the run, when only a few long answers are left.) A larger batch only helps while reading the weights is
+# what a step waits for. A CPU has few arithmetic units for the bandwidth of its memory, so the batch where
 # arithmetic takes over comes early.
 #
 # ### Does that make the server faster? On a GPU, by arithmetic
 #
-# A GPU is the opposite: it can do some hundred operations for each byte that it reads, so batches can grow
+# A GPU is the opposite: it can do a few hundred operations for each byte that it reads, so batches can grow
 # to hundreds before arithmetic matters. The scheduler is the same, and so is `simulate`; what we change is
-# the model (the shape of Llama 2 7B in BF16) and the machine: the data sheet of an NVIDIA A10 with 24 GB,
-# of which a tenth is left free. The step times are a *bound*: bytes over bandwidth or operations over peak,
-# whichever is longer. No GPU is needed.
+# the model (the shape of Llama 2 7B in BF16, a format of two bytes a number) and the machine: the data sheet
+# of an NVIDIA A10 with 24 GB, of which a tenth is left free. The step times are a *bound*: bytes over
+# bandwidth, or operations over the most that the GPU can do a second, whichever is longer. No GPU is needed.
 
 # %%
 llama, a10 = describe_preset("llama-7b", "BF16"), describe_device("a10")
@@ -608,16 +625,17 @@ lesson.claim(
 
 # %% [markdown]
 # (*Preemptions* are requests that lost their blocks to others and had to start again; they are the subject
-# of a section below.) Here the popular figure holds, and we see where it comes from: 13 GB of weights are
-# read in each step, whether for 7 requests or for 40.
+# of a section below.) Here the popular figure holds, and we see where it comes from: all weights are read in
+# each step, whether for the few requests of the contiguous layout or for the many of the paged one.
 #
 # ### The price of indirection
 #
 # The kernel looks up one number for each block of 32 tokens. What does it read for these tokens? Per layer,
-# keys and values: $32 \cdot 2 \cdot 3 \cdot 64 \cdot 2$ bytes, about 25 KB. One look-up of 4 bytes against
-# 25 KB is nothing, so the arithmetic says: no difference. The paper measured otherwise for its own GPU
-# kernel: 20 to 26 % more time for attention than a contiguous kernel, from the look-ups, from extra
-# branches and from requests of different lengths in one call.
+# 32 tokens, 2 for key and value, 3 KV heads, 64 numbers, 2 bytes: $32 \cdot 2 \cdot 3 \cdot 64 \cdot 2$,
+# about 25 KB. One look-up of 4 bytes against 25 KB is nothing, so the arithmetic says: no difference. The
+# paper measured otherwise for its own GPU kernel: 20 to 26 % more time for attention than a contiguous
+# kernel, from the look-ups, from extra tests (`if`) in the kernel and from requests of different lengths in
+# one call.
 #
 # There is a second price that the arithmetic does not see: blocks from all over the memory are harder to
 # fetch in advance than blocks side by side. So we measure attention with tables whose blocks are
@@ -625,14 +643,7 @@ lesson.claim(
 # the attention instructions count; `measure_ops` times each instruction of a step.
 
 # %%
-pair = {
-    size: LLM(
-        "smollm2",
-        executor="native",
-        **{k: v for k, v in options_of(size, seats=8).items() if k != "executor"},
-    )
-    for size in (32, LIMIT)
-}
+pair = {size: LLM("smollm2", **options_of(size, seats=8)) for size in (32, LIMIT)}
 
 
 def attention_s(size, batch, context):
@@ -675,25 +686,25 @@ for llm in pair.values():
     llm.close()
 
 # %% [markdown]
-# Nothing like a fifth. Scattered blocks are sometimes even faster than contiguous memory here (requests
-# that lie exactly 2,048 slots apart can get into each other's way in the caches), and the quartiles show
-# how restless this machine is; a price of a few per cent could hide in that. On a CPU, with blocks as long
-# as the kernel's tiles, indirection is as good as free. On GPUs, too, the price has fallen since the paper,
-# because today's kernels are written for tables of pages.
+# Nothing like a fifth. Scattered blocks may even be a little faster than contiguous memory; we have not
+# looked for the reason, and the figures move from run to run. So take from the table only that we see no such
+# price. On a CPU, with blocks as long as the kernel's tiles, indirection is as good as free. On GPUs, too,
+# the price has fallen since the paper, because today's kernels are written for tables of pages.
 #
 # ## Where it does not help
 #
 # ### Where memory is not the limit
 #
-# Paging saves memory. If there is more memory than requests, nothing is gained. The same chat traffic on a
-# server with 8 **seats** (`max_num_seqs`: requests that may run at once), and the 16,384 slots that are
-# enough for 8 requests of any length:
+# Paging saves memory. If there is room for all requests that may run, nothing is gained. The same chat
+# traffic on a server with 8 **seats** (`max_num_seqs`: requests that may run at once), and the 16,384 slots
+# that are enough for 8 requests of any length:
 
 # %%
 few = {size: follow(chat, size, None, seats=8) for size in (32, LIMIT)}
 lesson.claim(
     "no-gain",
-    "Paging makes a server faster, also where the contiguous cache has room for every request (8 seats)",
+    "Paging makes a server faster, also where the contiguous cache has room for every request (8 seats, "
+    "simulated)",
     value=few[LIMIT].duration_s / few[32].duration_s,
     claimed=(1.05, None),
     band=(0.999, 1.001),
@@ -710,34 +721,34 @@ lesson.claim(
 # A contiguous request never runs out of room: everything it may ever need is reserved. A paged engine lets
 # requests in by what they need *now*, and they grow. When all of them have grown and no block is free,
 # `allocate` says `False`, and the scheduler must take the blocks of one request away: **preemption**. The
-# newest request of the lowest priority loses its place, goes back to the queue, and later computes all of
-# its tokens again. This work is done twice.
+# request that would be served last (of the lowest priority, and the newest among those) loses its place, goes
+# back to the queue, and later computes all of its tokens again. This work is done twice.
 #
 # The engine keeps a small reserve when it lets a request in (the **watermark**, 1 % of the blocks). Whether
 # that is enough depends on how many seats it has. The chat traffic again, with 8,192 slots and more and
-# more seats:
+# more seats, simulated with `clock`, so compare the speeds only with each other:
 
 # %%
-useful = sum(p + o - 1 for p, o in lengths["chat"])
+useful = sum(p + o - 1 for p, o in lengths["chat"])  # the last token of an answer is never computed
 crowded = {seats: follow(chat, 32, None, slots=8192, seats=seats) for seats in (8, 16, 24, 32, 64)}
 lesson.table(
     "seats",
     [
         {
             "seats (max_num_seqs)": seats,
-            "output tok/s": found.num_output_tokens / found.duration_s,
+            "output tok/s (by clock)": found.num_output_tokens / found.duration_s,
             "preemptions": found.num_preemptions,
             "computed again, %": 100 * (sum(s.num_tokens for s in found.steps) / useful - 1),
         }
         for seats, found in crowded.items()
     ],
-    {"output tok/s": ".0f", "computed again, %": ".1f"},
+    {"output tok/s (by clock)": ".0f", "computed again, %": ".1f"},
 )
 again = 100 * (sum(s.num_tokens for s in crowded[64].steps) / useful - 1)
 lesson.record("computed_again", again)
 lesson.claim(
     "preemption",
-    "Paging has no cost in work: tokens computed again with 64 seats in 8,192 slots",
+    "Paging has no cost in work: tokens computed again with 64 seats in 8,192 slots, simulated",
     value=again,
     claimed=(0, 0),
     band=(10, 60),
@@ -747,12 +758,13 @@ lesson.claim(
 
 # %% [markdown]
 # With few seats nothing is preempted, and slots stay empty. With many seats every slot is used, but a large
-# part of the work is done twice. The best number is in between, near the one that the arithmetic gave for
-# the requests that fit: $S / (L + (B-1)/2)$, which is 20 here. More seats than that do not help; they hurt.
-
+# part of the work is done twice. The best number is in between, near the one that the arithmetic gives for
+# the requests that fit, $S / (L + (B-1)/2)$: 20 here, so the best of the five is 16, and 24 is already too
+# many. More seats than that do not help; they hurt.
+#
 # ### Where requests are short
 #
-# We have seen it in the first table: for requests of some 80 tokens, half a block of 32 is a sixth of the
+# We have seen it in the table of waste: for requests of some 80 tokens, half a block of 32 is a sixth of the
 # memory. Smaller blocks would help, at the price of longer tables and shorter pieces for the kernel. Our
 # kernel's tile is 32 tokens, so 32 is the smallest block here; vLLM's default is 16.
 #
@@ -852,8 +864,9 @@ lesson.refuses("block-size", 61)
 # ## The answer
 #
 # A contiguous cache reserves for what a request might become, a paged one for what it is. How much is saved
-# is a property of the traffic and of the limit, two numbers $L$ and $M$ that you can compute from a log
-# before you run anything. Whether the saved memory becomes speed is a property of the machine.
+# depends on two numbers: $L$, which you can compute from the lengths of past requests before you run
+# anything, and $M$, the limit that you set. Whether the saved memory becomes speed is a property of the
+# machine.
 
 # %%
 lesson.answer()
