@@ -81,7 +81,8 @@ class SharedRegion:
     """
 
     def __init__(self, parallel: ParallelConfig, *, max_message_bytes: int = 1 << 20) -> None:
-        """`max_message_bytes`: the largest message between stages; two of them fit.
+        """`max_message_bytes`: the largest usual message between stages; two of them fit, a longer one is
+        read while it is written.
 
         Raises ConfigError where the system has not that much memory.
         """

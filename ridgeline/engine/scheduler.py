@@ -86,6 +86,22 @@ class SchedulerSnapshot:
     num_preemptions: int
 
 
+def largest_plan(config: SchedulerConfig, max_in_flight: int) -> int:
+    """Tokens of the largest plan that a resolved config allows with so many plans in flight."""
+    budget = config.max_num_batched_tokens
+    assert budget is not None
+    if max_in_flight == 1 or not config.enable_chunked_prefill or config.batching == "static":
+        return budget
+    seats = -(-config.max_num_seqs // max_in_flight)
+    return min(seats + _chunk_tokens(budget, max_in_flight), budget)
+
+
+def _chunk_tokens(num_prompt: int, max_in_flight: int) -> int:
+    """P tokens in chunks of c go through s stages in P / c + s - 1 steps of c tokens and the weights, which
+    are as much work as w tokens: least at c^2 = w P / (s - 1)."""
+    return max(1, math.ceil(math.sqrt(WEIGHTS_AS_TOKENS * num_prompt / (max_in_flight - 1))))
+
+
 class Scheduler:
     """Owns the requests between arrival and finish.
 
@@ -320,12 +336,8 @@ class Scheduler:
         return -(-num_runnable // self._max_in_flight)
 
     def _plan_budget(self, seats: int) -> int:
-        """Tokens of one plan: in a pipeline the decode rows and a chunk of the prompts.
-
-        P tokens in chunks of c go through s stages in P / c + s - 1 steps of c tokens and the weights, which
-        are as much work as w tokens: least at c^2 = w P / (s - 1). P is at most what one process computes in
-        a step.
-        """
+        """Tokens of one plan: in a pipeline the decode rows and a chunk of the prompts, of which no more are
+        looked at than one process would compute in a step."""
         if self._max_in_flight == 1 or not self._chunked:
             return self._budget
         missing = [r.num_tokens - r.num_planned_tokens for r in self._running]
@@ -333,8 +345,7 @@ class Scheduler:
         arriving = self._waiting[: self._max_num_seqs - len(self._running)]
         num_prompt = sum(n for n in missing if n > 1) + sum(r.num_tokens for r in arriving)
         num_prompt = min(num_prompt, self._budget)
-        chunk = math.ceil(math.sqrt(WEIGHTS_AS_TOKENS * num_prompt / (self._max_in_flight - 1)))
-        return min(num_decode + max(chunk, 1), self._budget)
+        return min(num_decode + _chunk_tokens(num_prompt, self._max_in_flight), self._budget)
 
     def _grant(self, wanted: int, budget: int) -> int:
         """Tokens that a request may compute now: what it wants, as far as the budget and chunking allow."""

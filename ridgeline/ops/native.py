@@ -268,9 +268,11 @@ class NativeProgram:
         A stage before the last has none: [L, 0]. Raises RankError if an exchange with another rank fails.
         """
         num_tokens, num_logits = len(batch.token_ids), len(batch.logit_rows)
-        assert num_tokens <= self._max_tokens
-        if num_logits > self._max_logits:  # logits of a whole prompt were asked for
-            self._library.rl_set_buffers(self._handle, self._allocate_buffers(num_logits))
+        if num_tokens > self._max_tokens or num_logits > self._max_logits:  # logits of a whole prompt, say
+            self._max_tokens = max(num_tokens, self._max_tokens)
+            self._library.rl_set_buffers(
+                self._handle, self._allocate_buffers(max(num_logits, self._max_logits))
+            )
         arrays = [
             np.ascontiguousarray(a, np.int32)
             for a in (

@@ -21,6 +21,7 @@ from typing import Any
 from ridgeline.config import EngineConfig, KVCacheDType
 from ridgeline.engine.executors.native import stored_weights
 from ridgeline.engine.memory import plan_cache
+from ridgeline.engine.scheduler import largest_plan
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.library import load_library
@@ -96,8 +97,8 @@ def plan_memory(
     resolved = config.resolve(model.config, unavailable={})
     assert resolved.max_model_len and resolved.scheduler.max_num_batched_tokens
     layout = layout or plan_cache(resolved, model.config)
-    max_tokens, max_logits = resolved.scheduler.max_num_batched_tokens, resolved.scheduler.max_num_seqs
-    max_tokens = min(max_tokens, layout.num_slots)
+    max_logits = resolved.scheduler.max_num_seqs
+    max_tokens = min(largest_plan(resolved.scheduler, resolved.parallel.pp_size), layout.num_slots)
     if resolved.executor == "native":
         isa, library = load_library()
         weights = stored_weights(resolved, model)
@@ -143,9 +144,9 @@ def _exchange_bytes(model: LoadedModel, config: EngineConfig) -> int:
     """Of the shared memory in which a rank meets others: its stage's, and one or two rings of messages."""
     if model.shard is None:
         return 0
-    place, tokens = model.shard.place, config.scheduler.max_num_batched_tokens
-    assert tokens is not None
+    place = model.shard.place
     _, library = load_library()
+    tokens = largest_plan(config.scheduler, config.parallel.pp_size)
     message_bytes = 4 * tokens * model.config.hidden_size
 
     def region(tp_size: int, pp_size: int) -> int:

@@ -14,7 +14,7 @@ from ridgeline.config import EngineConfig
 from ridgeline.distributed.collectives import Collectives
 from ridgeline.engine.executors import FinishedStep, run_plan
 from ridgeline.engine.sampler import Reducer
-from ridgeline.engine.scheduler import StepPlan
+from ridgeline.engine.scheduler import StepPlan, largest_plan
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.models.decoder import record_decoder
 from ridgeline.models.load import LoadedModel
@@ -48,7 +48,7 @@ class NativeExecutor:
         self.native = NativeProgram(
             fuse(recorded, rules_named(config.fusion)),
             layout,
-            max_tokens=config.scheduler.max_num_batched_tokens,
+            max_tokens=largest_plan(config.scheduler, model.shard.place.pp_size if model.shard else 1),
             max_logits=config.scheduler.max_num_seqs,
             num_threads=config.num_threads or len(os.sched_getaffinity(0)),
             attention=config.attention,

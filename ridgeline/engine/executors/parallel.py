@@ -29,7 +29,7 @@ from ridgeline.distributed.groups import RankPlace
 from ridgeline.distributed.launch import LocalProcess, RankGroup, RankProcess
 from ridgeline.distributed.ranks import Seat
 from ridgeline.engine.executors import FinishedStep, StepHandle, unavailable_executors
-from ridgeline.engine.scheduler import StepPlan
+from ridgeline.engine.scheduler import StepPlan, largest_plan
 from ridgeline.errors import ConfigError, RankError
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.logs import logger
@@ -253,8 +253,7 @@ class ParallelExecutor:
         return _Conversation(group, len(self._places), sampler)
 
     def _make_region(self) -> SharedRegion:
-        tokens = self._config.scheduler.max_num_batched_tokens
-        assert tokens is not None
+        tokens = largest_plan(self._config.scheduler, self._config.parallel.pp_size)
         element_bytes = 8 if self._config.dtype == "float64" else 4
         region = SharedRegion(
             self._config.parallel, max_message_bytes=tokens * self._hidden_size * element_bytes
