@@ -7,6 +7,7 @@ the next plan is read and laid out while this one is computed.
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import importlib
 import os
@@ -16,6 +17,7 @@ import threading
 import traceback
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -128,7 +130,10 @@ def _build(setup: Setup, seat: Seat, steps: Channel) -> tuple[ModelExecutor, _Co
     assert config.executor is not None
     module, _, name = FACTORIES[config.executor].partition(":")
     factory = getattr(importlib.import_module(module), name)
-    return factory(config, model, layout, collectives), collectives
+    executor: ModelExecutor = factory(config, model, layout, collectives)
+    with suppress(AttributeError):  # pieces cut from matrices were freed, and glibc would keep their memory
+        ctypes.CDLL(None).malloc_trim(0)
+    return executor, collectives
 
 
 def _join(setup: Setup, seat: Seat, steps: Channel) -> Any:
