@@ -115,9 +115,8 @@ def run(
             ran.append(run_notebook(entry.code, profile=profile, save=save))
             say(_told(ran[-1]))
     for number, one in enumerate(ran):
-        if all and (
-            one.problems or one.results.get("reported")
-        ):  # a busy machine can spoil a timing twice in a row, but not minutes apart
+        # A busy machine can spoil a timing twice in a row, but not minutes apart.
+        if all and (one.problems or one.results.get("reported")):
             say(f"{one.code} once more")
             ran[number] = run_notebook(one.code, profile=profile, save=save)
             say(_told(ran[number]))

@@ -192,7 +192,7 @@ class NativeProgram:
         packed_cache: Path | None = None,
         collectives: Collectives | None = None,
     ) -> None:
-        """Buffers for at most max_tokens rows per step, and max_logits logit rows, which grow on demand.
+        """Buffers for max_tokens rows per step and max_logits logit rows; both grow on demand.
 
         `packed_cache`: a file to map the packed weights from, or to write them to where it is not there.
         `collectives`: of this rank, where the Program is the part of one; it is left open.

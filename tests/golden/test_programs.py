@@ -191,8 +191,10 @@ def test_fusion_changes_no_bit(name):
     rng = np.random.default_rng(0)
     steps = [[(0, 50, (3, 1)), (0, 7, (0,))], [(50, 1, (3, 1)), (7, 2, (0,))]]
 
-    def logits(rules):
-        native = NativeProgram(fuse(program, rules), layout, max_tokens=64, max_logits=4, num_threads=2)
+    def logits(rules, max_tokens=64):
+        native = NativeProgram(
+            fuse(program, rules), layout, max_tokens=max_tokens, max_logits=4, num_threads=2
+        )
         found = []
         for rows in steps:
             tokens = [tuple(int(i) for i in rng.integers(0, config.vocab_size, new)) for _, new, _ in rows]
@@ -210,6 +212,8 @@ def test_fusion_changes_no_bit(name):
         found = logits(rules)
         expected = found if expected is None else expected
         np.testing.assert_array_equal(found, expected)
+    rng = np.random.default_rng(0)
+    np.testing.assert_array_equal(logits(None, max_tokens=3), expected)  # buffers grow to what comes
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import replace
 
 from ridgeline.config import SchedulerConfig
-from ridgeline.engine.scheduler import Scheduler
+from ridgeline.engine.scheduler import Scheduler, largest_plan
 from ridgeline.kvcache.block_pool import BlockPool, chain_hash
 from ridgeline.kvcache.manager import BlockManager
 from ridgeline.request import FinishReason, Request, RequestStatus, Sampled
@@ -193,7 +193,8 @@ class Engine:
 
     def check_plan(self, plan):
         config, rows = self.config, plan.rows
-        assert sum(len(r.token_ids) + r.num_padding for r in rows) <= config.max_num_batched_tokens
+        limit = largest_plan(config, self.max_in_flight)
+        assert sum(len(r.token_ids) + r.num_padding for r in rows) <= limit <= config.max_num_batched_tokens
         assert len(rows) <= config.max_num_seqs
         assert config.batching != "none" or len(rows) <= 1
         assert len({r.request_id for r in rows}) == len(rows)
