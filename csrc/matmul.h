@@ -77,10 +77,6 @@ template <int M, class Group> __attribute__((noinline)) void quantized_tile(cons
             const vf scale = w.scale(first, g), min = Group::mins ? w.min(first, g) : zero();
 #pragma GCC unroll 2
             for (int64_t b = first; b < first + Group::run; b++) {
-                if constexpr (M > 1)  // the tile of tokens that comes next
-                    if (g == 0)
-#pragma GCC unroll 16
-                        for (int m = 0; m < M; m++) __builtin_prefetch(&x[(m + M) * blocks + b], 0, 3);
                 idot dots[M];
 #pragma GCC unroll 16
                 for (int m = 0; m < M; m++) {

@@ -111,8 +111,8 @@ static inline vf wide_finish(const wide_dot &sums) {
     return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_permutex2var_epi32(sums.low, first, sums.high),
                                                _mm512_permutex2var_epi32(sums.low, second, sums.high)));
 }
-constexpr int kWideTile = 6;    // tokens of a tile of signed bytes: 12 sums
-constexpr int kIntTile = 8;     // tokens of a tile of the quantized kernel: 8 sums of each kind in 32 registers
+constexpr int kWideTile = 8;     // tokens of a tile of signed bytes: 16 sums of integers and 8 of floats in 32 registers
+constexpr int kIntTile = 12;    // tokens of a tile of the quantized kernel: 12 sums of each kind
 constexpr int kFloatTile = 12;  // and of the float kernel
 constexpr int kScoreRows = 12;  // query rows of the attention kernels
 constexpr bool kByteDots = true;  // dot_step multiplies bytes of 8 bits too
