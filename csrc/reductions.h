@@ -27,10 +27,12 @@ inline void greedy(ThreadPool &pool, const float *logits, int64_t rows, int64_t 
             int64_t near = 0;  // where the largest is: the search for its place begins there
             for (int64_t j = 0; j < n; j += block) {
                 const int64_t stop = std::min(n, j + block);
-                vf peak = splat(-INFINITY);
+                vf peaks[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
                 int64_t c = j;
-                for (; c + kLanes <= stop; c += kLanes) peak = max(peak, load(x + c));
-                float most_here = largest(peak);
+                for (; c + 4 * kLanes <= stop; c += 4 * kLanes)
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++) peaks[i] = max(peaks[i], load(x + c + i * kLanes));
+                float most_here = largest(max(max(peaks[0], peaks[1]), max(peaks[2], peaks[3])));
                 for (; c < stop; c++) most_here = x[c] > most_here ? x[c] : most_here;
                 if (most_here > here) here = most_here, near = j;
             }

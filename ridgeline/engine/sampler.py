@@ -92,8 +92,8 @@ def sample_plan(
     sampled: dict[str, Sampled] = {}
     start = 0
     if reducer is not None and len(logits):
-        best, largest, log_total = reducer.greedy(logits)
-        assert best.min() >= 0, "the model gave logits that are not finite"
+        best, largest, log_total = (values.tolist() for values in reducer.greedy(logits))
+        assert min(best) >= 0, "the model gave logits that are not finite"
     for row in rows:
         end = start + row.num_logits
         if row.num_logits and row.sampling is not None:
@@ -101,12 +101,7 @@ def sample_plan(
             if reducer is not None and row.samples:
                 last = end - 1
                 fast = _sample_reduced(
-                    logits[last],
-                    row.sampling,
-                    int(best[last]),
-                    float(largest[last]),
-                    float(log_total[last]),
-                    reducer,
+                    logits[last], row.sampling, best[last], largest[last], log_total[last], reducer
                 )
             sampled[row.request_id] = fast or sample(logits[start:end], row.sampling, samples=row.samples)
         start = end
