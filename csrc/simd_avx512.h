@@ -111,7 +111,7 @@ static inline vf wide_finish(const wide_dot &sums) {
     return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_permutex2var_epi32(sums.low, first, sums.high),
                                                _mm512_permutex2var_epi32(sums.low, second, sums.high)));
 }
-constexpr int kWideTile = 8;     // tokens of a tile of signed bytes: 16 sums of integers and 8 of floats in 32 registers
+constexpr int kWideTile = 8;    // tokens of a tile of signed bytes: 16 sums of integers and 8 of floats in 32 registers
 constexpr int kIntTile = 12;    // tokens of a tile of the quantized kernel: 12 sums of each kind
 constexpr int kFloatTile = 12;  // and of the float kernel
 constexpr int kScoreRows = 12;  // query rows of the attention kernels
