@@ -2,7 +2,8 @@
 
 Per metric, the ratio of the medians with its interval from resampling both results. One metric in twenty
 would seem different by chance, so p-values are adjusted for the number of metrics (Holm): the verdicts better
-and worse then hold for all of them at once. A ratio says nothing about its cause; where machines, versions or
+and worse then hold for all of them at once. Where the two took turns, what the machine did meanwhile happened
+to both, and is left out of the intervals. A ratio says nothing about its cause; where machines, versions or
 settings differ, the differences are named.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from ridgeline.bench.intervals import MIN_SAMPLES, PROCESS_SPREAD, Difference, difference, holm
@@ -18,6 +20,9 @@ from ridgeline.errors import ConfigError
 
 Verdict = Literal["better", "worse", "no difference shown", "too few samples"]
 SIGNIFICANCE = 0.05
+
+INTERLEAVED_SHARE = 0.9
+"""Of the iterations, by when they began: so many have one of the other result next."""
 
 _ASIDE = ("created", "command", "environment.load", "settings.seed")
 """Differences that say nothing."""
@@ -54,6 +59,8 @@ class Comparison:
     """b against a."""
 
     metrics: tuple[ComparedMetric, ...]
+    interleaved: bool
+    """The two took turns on one machine."""
     changed: tuple[Changed, ...]
     """Settings, workload and environment that differ."""
     missing: tuple[str, ...]
@@ -73,16 +80,28 @@ def compare(a: Mapping[str, Any], b: Mapping[str, Any]) -> Comparison:
     names = [name for name in a["metrics"] if name in b["metrics"]]
     if not names:
         raise ConfigError("the results have no metric in common; measure both with the same command")
-    found = {name: _difference(a, b, name) for name in names}
+    interleaved = took_turns(a, b)
+    found = {name: _difference(a, b, name, interleaved) for name in names}
     p_values = holm({name: one.p_value for name, one in found.items() if one is not None})
     return Comparison(
         tuple(_compared(a, b, name, found[name], p_values.get(name)) for name in names),
+        interleaved,
         tuple(_changes(a, b)),
         tuple(sorted(set(a["metrics"]) ^ set(b["metrics"]))),
     )
 
 
-def _difference(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> Difference | None:
+def took_turns(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether nearly all iterations of the two alternate. Results without times are taken to be apart."""
+    times = [document["details"].get("started_at") or [] for document in (a, b)]
+    order = [which for _, which in sorted((at, which) for which in (0, 1) for at in times[which])]
+    changes = sum(one != other for one, other in pairwise(order))
+    return len(order) > 2 and changes >= INTERLEAVED_SHARE * (len(order) - 1)
+
+
+def _difference(
+    a: Mapping[str, Any], b: Mapping[str, Any], name: str, interleaved: bool
+) -> Difference | None:
     one, other = metric_of(a, name), metric_of(b, name)
     if (one.unit, one.better) != (other.unit, other.better):
         raise ConfigError(f"metric {name} is in {one.unit} in one result and {other.unit} in the other")
@@ -96,6 +115,7 @@ def _difference(a: Mapping[str, Any], b: Mapping[str, Any], name: str) -> Differ
         rounds_a=one.rounds,
         rounds_b=other.rounds,
         process_spread=PROCESS_SPREAD,
+        in_turns=interleaved,
     )
 
 

@@ -5,6 +5,10 @@ are resampled, not single samples: blocks as long as the samples are correlated 
 Politis and Romano 1992), of whole rounds where a measurement has rounds. From few stretches a bootstrap is
 too sure of itself; the interval is widened by Student's t and sqrt(k / (k - 1)) for k of them (the expanded
 interval of Hesterberg 2015).
+
+Such an interval covers the drift of the machine. Two measurements that took turns saw the same drift, and it
+says nothing of their difference: `in_turns` keeps it, and resamples within short windows of time only, the
+blocks of a design of experiments.
 """
 
 from __future__ import annotations
@@ -25,10 +29,12 @@ Floats = NDArray[np.float64]
 MIN_SAMPLES = 5
 """Fewer samples, or rounds, have no interval."""
 NUM_RESAMPLES = 2000
-PROCESS_SPREAD = 0.005
+WINDOW = 10
+"""Consecutive samples, or rounds, within which a machine is taken to be one machine."""
+PROCESS_SPREAD = 0.006
 """Standard deviation, as a share, of what a process adds to all its figures alike (where its memory lies, see
-Mytkowicz et al. 2009): no number of samples in one process shows it. Set by hand after a pilot; medians of 20
-pairs of processes then differed by 0.5 to 0.7 % each, noise of sampling included (repeatability.json)."""
+Mytkowicz et al. 2009): no number of samples in one process shows it. From a pilot of 24 pairs of processes:
+what their medians of decode differ by beyond the noise of sampling; those of prefill by a fifth of that."""
 _CHUNK = 1 << 20
 """Numbers resampled at a time."""
 _Z95 = 1.959963984540054
@@ -51,16 +57,18 @@ def bootstrap_interval(
     seed: int = 0,
     rounds: Sequence[int] = (),
     process_spread: float = 0.0,
+    in_turns: bool = False,
 ) -> tuple[float, float]:
     """(low, high) of the statistic, from samples in time order.
 
     `rounds`: how many consecutive samples belong to each independent round; with at least MIN_SAMPLES of
     them whole rounds are resampled. `process_spread` is added to the spread of the samples, see
-    PROCESS_SPREAD. Raises ConfigError for fewer than MIN_SAMPLES samples.
+    PROCESS_SPREAD. `in_turns`: given the machine's course, see above; for what is compared with others that
+    took turns with it. Raises ConfigError for fewer than MIN_SAMPLES samples.
     """
     values = np.asarray(samples, np.float64)
-    replicates, num_stretches = _replicates(values, statistic, rounds, seed, process_spread)
-    return _interval(_estimate(values, statistic), replicates, num_stretches, level)
+    replicates, widening = _replicates(values, statistic, rounds, seed, process_spread, in_turns)
+    return _interval(_estimate(values, statistic), replicates, widening, level)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,23 +94,26 @@ def difference(
     rounds_a: Sequence[int] = (),
     rounds_b: Sequence[int] = (),
     process_spread: float = 0.0,
+    in_turns: bool = False,
 ) -> Difference:
     """The ratio of the statistics with its interval; both sets are resampled independently.
 
-    Raises ConfigError for fewer than MIN_SAMPLES samples, or a statistic that is not positive (no ratio).
+    `in_turns`: the samples of a and b took turns, and what the machine did meanwhile is no part of the
+    interval. Raises ConfigError for fewer than MIN_SAMPLES samples, or a statistic that is not positive (no
+    ratio).
     """
     values_a, values_b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     centre_a, centre_b = _estimate(values_a, statistic), _estimate(values_b, statistic)
     if min(centre_a, centre_b) <= 0:
         raise ConfigError(f"no ratio of {centre_b} to {centre_a}: both must be positive")
-    replicates_a, num_a = _replicates(values_a, statistic, rounds_a, seed, process_spread)
-    replicates_b, num_b = _replicates(values_b, statistic, rounds_b, seed + 1, process_spread)
+    replicates_a, widening_a = _replicates(values_a, statistic, rounds_a, seed, process_spread, in_turns)
+    replicates_b, widening_b = _replicates(values_b, statistic, rounds_b, seed + 1, process_spread, in_turns)
     centre = math.log(centre_b / centre_a)
     tiny = np.finfo(np.float64).tiny
     logs = np.log(np.maximum(replicates_b, tiny)) - np.log(np.maximum(replicates_a, tiny))
-    num_stretches = min(num_a, num_b)
-    low, high = _interval(centre, logs, num_stretches, level)
-    widened = centre + (logs - centre) * _widening(num_stretches)
+    widening = max(widening_a, widening_b)
+    low, high = _interval(centre, logs, widening, level)
+    widened = centre + (logs - centre) * widening
     tail = min(int((widened <= 0).sum()), int((widened >= 0).sum()))
     p_value = min(1.0, 2 * (tail + 1) / (len(logs) + 1))
     return Difference(math.exp(centre), math.exp(low), math.exp(high), p_value)
@@ -133,34 +144,53 @@ def _estimate(values: Floats, statistic: Statistic) -> float:
 
 
 def _replicates(
-    values: Floats, statistic: Statistic, rounds: Sequence[int], seed: int, process_spread: float
-) -> tuple[Floats, int]:
-    """The statistic of NUM_RESAMPLES resampled series, and of how many stretches each is made."""
+    values: Floats,
+    statistic: Statistic,
+    rounds: Sequence[int],
+    seed: int,
+    process_spread: float,
+    in_turns: bool,
+) -> tuple[Floats, float]:
+    """The statistic of NUM_RESAMPLES resampled series, and by how much their spread is too small."""
     _estimate(values, statistic)
     rng = np.random.default_rng(seed)
     compute: Any = np.median if statistic == "median" else np.mean
+    choose = _within_windows if in_turns else _in_blocks
     replicates: list[Floats] = []
-    num_blocks = 0
     if len(rounds) >= MIN_SAMPLES and max(rounds) > 1:
         assert sum(rounds) == len(values)
         parts = np.split(values, np.cumsum(rounds)[:-1])
-        chosen, num_blocks = _chosen(np.array([compute(part) for part in parts]), NUM_RESAMPLES, rng)
+        chosen, widening = choose(np.array([compute(part) for part in parts]), NUM_RESAMPLES, rng)
         replicates.append(np.array([compute(np.concatenate([parts[i] for i in row])) for row in chosen]))
     else:
         rows = max(1, _CHUNK // len(values))
         for start in range(0, NUM_RESAMPLES, rows):
-            chosen, num_blocks = _chosen(values, min(rows, NUM_RESAMPLES - start), rng)
+            chosen, widening = choose(values, min(rows, NUM_RESAMPLES - start), rng)
             replicates.append(compute(values[chosen], axis=1))
     alike = 1 + process_spread * rng.standard_normal(NUM_RESAMPLES)
-    return np.concatenate(replicates) * alike, num_blocks
+    return np.concatenate(replicates) * alike, widening
 
 
-def _chosen(values: Floats, count: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], int]:
-    """Indices (count, n) of resampled series, and the number of blocks that each is made of."""
+def _in_blocks(values: Floats, count: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], float]:
+    """Indices (count, n) of series made of blocks, and the widening for so many blocks."""
     n, block = len(values), block_length(values)
     num_blocks = math.ceil(n / block)
     starts = rng.integers(0, n, (count, num_blocks, 1))
-    return (starts + np.arange(block)).reshape(count, -1)[:, :n] % n, num_blocks
+    chosen = (starts + np.arange(block)).reshape(count, -1)[:, :n] % n
+    return chosen, _widening(num_blocks, num_blocks - 1)
+
+
+def _within_windows(values: Floats, count: int, rng: np.random.Generator) -> tuple[NDArray[np.int64], float]:
+    """Indices (count, n) of series whose every window is drawn from itself, and the widening for that.
+
+    A stratified bootstrap; of k samples in a window it is too narrow by sqrt(k / (k - 1)).
+    """
+    n = len(values)
+    windows = np.array_split(np.arange(n), max(1, n // WINDOW))
+    chosen = np.concatenate(
+        [window[rng.integers(0, len(window), (count, len(window)))] for window in windows], 1
+    )
+    return chosen, _widening(len(windows[-1]), n - len(windows))
 
 
 def block_length(values: Floats) -> int:
@@ -179,17 +209,18 @@ def block_length(values: Floats) -> int:
     return int(max(1, min(wanted, n // MIN_SAMPLES)))
 
 
-def _interval(centre: float, replicates: Floats, num_stretches: int, level: float) -> tuple[float, float]:
+def _interval(centre: float, replicates: Floats, widening: float, level: float) -> tuple[float, float]:
     """Percentiles of the replicates, pushed away from the centre."""
     tail = (1 - level) / 2
     low, high = np.quantile(replicates, (tail, 1 - tail))
-    factor = _widening(num_stretches)
-    return float(centre - factor * max(0.0, centre - low)), float(centre + factor * max(0.0, high - centre))
+    return float(centre - widening * max(0.0, centre - low)), float(
+        centre + widening * max(0.0, high - centre)
+    )
 
 
-def _widening(num_stretches: int) -> float:
-    """t / z * sqrt(k / (k - 1)), with the 97.5 % point of Student's t by its Cornish-Fisher series."""
-    nu, z = num_stretches - 1, _Z95
+def _widening(size: int, freedom: int) -> float:
+    """t / z * sqrt(size / (size - 1)), with the 97.5 % point of Student's t by its Cornish-Fisher series."""
+    nu, z = freedom, _Z95
     t = z + (z**3 + z) / (4 * nu) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * nu**2)
     t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * nu**3)
-    return t / z * math.sqrt(num_stretches / nu)
+    return t / z * math.sqrt(size / (size - 1))

@@ -61,6 +61,8 @@ class Repeated:
 
     metrics: tuple[Metric, ...]
     seeds: tuple[int, ...]
+    started_at: tuple[float, ...]
+    """When each iteration began, in seconds since 1970."""
     num_warmups: int
     stopped: Literal["precise", "time"]
     seconds: float
@@ -73,6 +75,10 @@ class Repeated:
             "stopped": self.stopped,
             "target_half_width": TARGET_HALF_WIDTH,
             "half_widths": {metric.name: precision(metric) for metric in self.metrics},
+            "intervals_in_turns": {
+                metric.name: list(metric.interval(in_turns=True)) for metric in self.metrics
+            },
+            "started_at": list(self.started_at),
             "seconds": self.seconds,
         }
 
@@ -97,8 +103,10 @@ def repeat(
     num_warmups = _warm_up(run, options, seed + _WARMUP_SEED, progress)
     started = time.monotonic()
     iterations: list[Samples] = []
+    started_at: list[float] = []
     while True:
         with turn():
+            started_at.append(time.time())
             iterations.append(run(seed + len(iterations)))
         done, seconds = len(iterations), time.monotonic() - started
         widest, stopped = "", None
@@ -114,7 +122,7 @@ def repeat(
             progress(done, options.num_iters, widest)
         if stopped is not None:
             seeds = tuple(seed + k for k in range(done))
-            return Repeated(metrics, seeds, num_warmups, stopped, seconds)  # type: ignore[arg-type]
+            return Repeated(metrics, seeds, tuple(started_at), num_warmups, stopped, seconds)  # type: ignore[arg-type]
 
 
 def _warm_up(

@@ -39,9 +39,14 @@ class Metric:
     rounds: tuple[int, ...] = ()
     """How many consecutive samples come from each independent round; empty: no rounds."""
 
-    def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the median. Raises ConfigError for fewer than MIN_SAMPLES samples."""
-        return bootstrap_interval(self.samples, rounds=self.rounds, process_spread=PROCESS_SPREAD)
+    def interval(self, *, in_turns: bool = False) -> tuple[float, float]:
+        """The 95 % interval of the median; `in_turns`: without the drift of the machine, see `intervals`.
+
+        Raises ConfigError for fewer than MIN_SAMPLES samples.
+        """
+        return bootstrap_interval(
+            self.samples, rounds=self.rounds, process_spread=PROCESS_SPREAD, in_turns=in_turns
+        )
 
     def summary(self) -> dict[str, Any]:
         """The entry of the document; samples that are not finite raise ConfigError."""

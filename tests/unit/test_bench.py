@@ -134,6 +134,12 @@ def test_repeating_goes_on_until_the_medians_are_known():
     noisy = repeat(lambda seed: {"x": [rng.gauss(10, 2)]}, options, seed=7, kinds={"x": ("s", "lower")})
     assert noisy.stopped == "precise" and len(noisy.seeds) > 20 and noisy.seeds[:2] == (7, 8)
     assert precision(noisy.metrics[0]) <= 0.05
+    details = noisy.details()
+    low, high = details["intervals_in_turns"]["x"]
+    assert low < 10.2 and high > 9.8 and (high - low) / 2 / 10 < 0.06
+    assert len(details["started_at"]) == len(noisy.seeds) and details["started_at"] == sorted(
+        details["started_at"]
+    )
     steady = repeat(lambda seed: {"x": [1.0], "y": []}, options, seed=0, kinds={"x": ("s", "lower")})
     assert len(steady.seeds) == 5
     late = repeat(
@@ -148,7 +154,7 @@ def test_repeating_goes_on_until_the_medians_are_known():
 def test_warm_ups_go_on_while_they_get_faster(monkeypatch):
     clock = iter([0, 10, 10, 15, 15, 17, 17, 19, *[20] * 50])
     # A clock of this module's own: threads of other tests read the real one.
-    own = SimpleNamespace(monotonic=lambda: float(next(clock)))
+    own = SimpleNamespace(monotonic=lambda: float(next(clock)), time=lambda: 0.0)
     monkeypatch.setattr("ridgeline.bench.repeat.time", own)
     found = repeat(
         lambda seed: {"x": [1.0]},

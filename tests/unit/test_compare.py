@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from ridgeline.bench.compare import compare
+from ridgeline.bench.compare import compare, took_turns
 from ridgeline.bench.result import Metric, make_document, save_document
 from ridgeline.errors import ConfigError
 
@@ -43,6 +43,30 @@ def test_higher_can_be_better():
     for document in (a, b):
         document["metrics"]["speed"]["better"] = "higher"
     assert verdicts(a, b) == {"speed": "better"}
+
+
+def test_results_in_turns_are_compared_without_the_drift_of_the_machine():
+    """Both saw the machine slow down by 20 %; one is 3 % slower."""
+    course = np.repeat([1.0, 1.2], 20)
+    rng = np.random.default_rng(4)
+    documents = []
+    for number, slower in enumerate((1.0, 1.03)):
+        samples = tuple(10 * slower * course * (1 + 0.01 * rng.standard_normal(40)))
+        times = [float(2 * i + number) for i in range(40)]
+        details = {"started_at": times}
+        made = make_document(
+            "latency", metrics=[Metric("m", "ms", "lower", samples)], settings={}, details=details
+        )
+        documents.append(json.loads(json.dumps(made)))
+    a, b = documents
+    assert took_turns(a, b)
+    found = compare(a, b)
+    assert found.interleaved and found.metrics[0].verdict == "worse"
+    assert found.document()["interleaved"] is True
+    for times in ([2 * t for t in a["details"]["started_at"]], [t + 1000 for t in range(40)], []):
+        b["details"]["started_at"] = times
+        found = compare(a, b)
+        assert not found.interleaved and found.metrics[0].verdict == "no difference shown"
 
 
 def test_many_metrics_without_a_difference_show_none():

@@ -41,6 +41,53 @@ def test_an_interval_covers_the_truth(n, rho):
     assert coverage(lambda rng: correlated(rng, n, rho)) >= 0.88
 
 
+def drifting(rng, n, *, shift=0.0, course=None):
+    """Noise of 1 on a machine that changes by 10 for a quarter of the time."""
+    course = np.repeat([0.0, 10.0, 0.0, -4.0], n // 4) if course is None else course
+    return tuple(100 + shift + course + rng.standard_normal(n))
+
+
+def test_in_turns_an_interval_covers_the_median_of_the_course():
+    """The truth is the median of the same course measured over and over."""
+    n = 80
+    truth = np.median(np.concatenate([drifting(np.random.default_rng(s), n) for s in range(1000, 1400)]))
+    for options, least, most in (({"in_turns": True}, 0.9, 1.6), ({}, 0.9, 20.0)):
+        found = [bootstrap_interval(drifting(np.random.default_rng(s), n), **options) for s in range(120)]
+        assert sum(low <= truth <= high for low, high in found) / len(found) >= least
+        assert np.median([high - low for low, high in found]) < most
+    wide = bootstrap_interval(drifting(np.random.default_rng(0), n))
+    narrow = bootstrap_interval(drifting(np.random.default_rng(0), n), in_turns=True)
+    assert half_width(wide, 1) > 3 * half_width(narrow, 1)
+
+
+@pytest.mark.parametrize("n", [5, 9, 15, 40])
+def test_in_turns_few_samples_cover_too(n):
+    assert coverage(lambda rng: correlated(rng, n, 0.0), in_turns=True) >= 0.88
+
+
+def test_in_turns_rounds_stay_whole():
+    def make(rng):
+        return tuple((100 + rng.standard_normal((20, 1)) + 0.1 * rng.standard_normal((20, 4))).ravel())
+
+    assert coverage(make, rounds=(4,) * 20, in_turns=True) >= 0.88
+    assert coverage(make, in_turns=True) < 0.8  # one by one they seem to say more than they do
+
+
+def test_in_turns_a_small_difference_shows_in_spite_of_drift():
+    rng = np.random.default_rng(3)
+    a, b, same = drifting(rng, 80), drifting(rng, 80, shift=1.5), drifting(rng, 80)
+    assert difference(a, b).p_value > 0.05
+    found = difference(a, b, in_turns=True)
+    assert found.p_value < 0.01 and found.low < 1.015 < found.high
+    assert difference(a, same, in_turns=True).p_value > 0.05
+    wrong = sum(
+        difference(*(drifting(np.random.default_rng(2 * s + i), 40) for i in (0, 1)), in_turns=True).p_value
+        < 0.05
+        for s in range(100)
+    )
+    assert wrong <= 10
+
+
 def test_rounds_that_differ_need_whole_rounds():
     """20 samples in each of 8 rounds, most of the spread between rounds."""
 
