@@ -66,7 +66,7 @@ class DescribedConfig(EngineConfig):
     """EngineConfig where nothing is run, so that the device may be one that is not here."""
 
     device: str | None = None  # type: ignore[assignment]
-    """An accelerator by its data sheet, such as h100; None: this machine, as measured."""
+    """An accelerator by its data sheet, such as h100; cuda: the GPU here, measured; None: this machine."""
 
     @property
     def runnable(self) -> EngineConfig:

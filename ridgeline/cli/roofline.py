@@ -162,10 +162,14 @@ def _predictor(
 def machine_of(
     device: str | None, num_threads: int | None, *, refresh: bool = False
 ) -> tuple[MachineLimits, KernelRates | None]:
-    """Limits and rates of this machine, or the data sheet of a described one, which has no rates.
+    """Limits and rates of this machine; without rates its GPU ("cuda"), or the data sheet of a described one.
 
     refresh: measure both now, for a prediction that is compared with a measurement.
     """
+    if device == "cuda":
+        from ridgeline.profiling.cuda import measure_cuda
+
+        return measure_cuda(), None
     if device is not None:
         return describe_device(device), None
     limits = machine_limits(

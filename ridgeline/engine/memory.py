@@ -35,9 +35,9 @@ def plan_cache(config: EngineConfig, model: ModelConfig, *, ranks: Sequence[Mode
     """Layout of the cache of a resolved config: of the whole model, also where `ranks` share it.
 
     All ranks have the same blocks, each for its own heads and layers (`cache_of_rank`): the largest of them
-    may use kv_cache_memory_bytes, and the free memory is that of all of them together. Without a size: as
-    many tokens as max_num_seqs requests of max_model_len need, within half of the free memory. Raises
-    ConfigError with the numbers when not even one block fits.
+    may use kv_cache_memory_bytes, and the free memory is that of all of them together, on CUDA that of one
+    GPU for each. Without a size: as many tokens as max_num_seqs requests of max_model_len need, within half
+    of the free memory. Raises ConfigError with the numbers when not even one block fits.
     """
     cache = config.cache
     dtype = cache.kv_cache_dtype
@@ -53,7 +53,13 @@ def plan_cache(config: EngineConfig, model: ModelConfig, *, ranks: Sequence[Mode
         num_blocks = cache.kv_cache_memory_bytes // (token_bytes * cache.block_size)
         limit = f"{cache.kv_cache_memory_bytes:,} bytes{' a rank' if ranks else ''}"
     else:
-        free = int(free_memory_bytes() * FREE_MEMORY_SHARE)
+        if config.device == "cuda":
+            from ridgeline.engine.executors.eager import free_cuda_bytes
+
+            token_bytes, free = max(rank_bytes), free_cuda_bytes()
+        else:
+            free = free_memory_bytes()
+        free = int(free * FREE_MEMORY_SHARE)
         num_blocks = min(wanted, free // (token_bytes * cache.block_size))
         limit = f"{free:,} bytes, half of the free memory"
     if num_blocks < 1:

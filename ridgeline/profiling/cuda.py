@@ -40,9 +40,10 @@ def measure_cuda() -> MachineLimits:
     source = torch.ones(COPY_BYTES // 4, device="cuda")
     target = torch.empty_like(source)
     copy_s = seconds(lambda: target.copy_(source), 10)
-    half = torch.ones((MATRIX, MATRIX), device="cuda", dtype=torch.bfloat16)
+    # Not zeros or ones: a chip that toggles few bits runs faster than with real values.
+    half = torch.randn((MATRIX, MATRIX), device="cuda", dtype=torch.bfloat16)
     half_s = seconds(lambda: half @ half, 10)
-    whole = torch.ones((MATRIX, MATRIX), device="cuda", dtype=torch.int8)
+    whole = torch.randint(-127, 128, (MATRIX, MATRIX), device="cuda", dtype=torch.int8)
     int8_s = seconds(lambda: torch._int_mm(whole, whole.t()), 10)
     one = torch.zeros(1, device="cuda")
     launch_s = seconds(lambda: one.add_(1), 1000)

@@ -19,7 +19,7 @@ from ridgeline.config import EngineConfig
 from ridgeline.distributed.collectives import Collectives
 from ridgeline.distributed.groups import ALONE
 from ridgeline.engine.executors import FinishedStep, run_plan
-from ridgeline.engine.executors.eager import logits_of, prepare_torch
+from ridgeline.engine.executors.eager import fits_device, logits_of, prepare_torch
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.models.decoder import bind_decoder, decoder
@@ -161,18 +161,19 @@ class CompiledExecutor:
         in_graph = None if self._exchange is None else _GraphExchange(self._exchange)
         self._max_num_seqs = config.scheduler.max_num_seqs
         self._max_num_blocks = -(-config.max_model_len // layout.block_size)
-        self.ops = TorchOps(
-            layout,
-            dtype=config.dtype,
-            device=config.device,
-            attention=config.attention,
-            store_kv=_store_kv,
-            paged_attention=_paged_attention,
-            exchange=in_graph,
-        )
-        weights = bind_decoder(
-            self.ops, model.config, model.weights, max_model_len=config.max_model_len, shard=model.shard
-        )
+        with fits_device(layout):
+            self.ops = TorchOps(
+                layout,
+                dtype=config.dtype,
+                device=config.device,
+                attention=config.attention,
+                store_kv=_store_kv,
+                paged_attention=_paged_attention,
+                exchange=in_graph,
+            )
+            weights = bind_decoder(
+                self.ops, model.config, model.weights, max_model_len=config.max_model_len, shard=model.shard
+            )
 
         def step(batch: TorchBatch, received: torch.Tensor | None) -> torch.Tensor:
             if in_graph is not None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,10 +25,31 @@ from ridgeline.ops.torch_ops import TorchBatch, TorchOps
 
 def prepare_torch(config: EngineConfig) -> None:
     """Check the device and set the number of threads, for both torch executors."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device='cuda': torch sees no CUDA device here; use device='cpu'")
+    if config.device == "cuda":
+        free_cuda_bytes()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+
+
+def free_cuda_bytes() -> int:
+    """Free memory of this process's GPU. Raises ConfigError where torch sees none."""
+    if not torch.cuda.is_available():
+        raise ConfigError("device='cuda': torch sees no CUDA device here; use device='cpu'")
+    return int(torch.cuda.mem_get_info()[0])
+
+
+@contextmanager
+def fits_device(layout: CacheLayout) -> Iterator[None]:
+    """Weights and pages go to the device inside. Raises ConfigError where it has no room for them."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        free, total = torch.cuda.mem_get_info()
+        raise ConfigError(
+            f"the weights and a KV cache of {layout.num_bytes:,} bytes do not fit on the GPU, which has "
+            f"{total:,} bytes and {free:,} of them free now; lower kv_cache_tokens or max_model_len, "
+            "or use a smaller dtype"
+        ) from None
 
 
 def logits_of(output: torch.Tensor, batch: ForwardBatch, shard: Shard | None) -> npt.NDArray[np.floating]:
@@ -60,16 +84,17 @@ class EagerExecutor:
         self._model_config, self._shard = model.config, model.shard
         self._device = config.device
         self._block_size = layout.block_size
-        self.ops = TorchOps(
-            layout,
-            dtype=config.dtype,
-            device=config.device,
-            attention=config.attention,
-            exchange=exchange_over(collectives, config.device),
-        )
-        self._weights = bind_decoder(
-            self.ops, model.config, model.weights, max_model_len=config.max_model_len, shard=model.shard
-        )
+        with fits_device(layout):
+            self.ops = TorchOps(
+                layout,
+                dtype=config.dtype,
+                device=config.device,
+                attention=config.attention,
+                exchange=exchange_over(collectives, config.device),
+            )
+            self._weights = bind_decoder(
+                self.ops, model.config, model.weights, max_model_len=config.max_model_len, shard=model.shard
+            )
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> npt.NDArray[np.floating]:
