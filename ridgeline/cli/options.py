@@ -70,10 +70,9 @@ class DescribedConfig(EngineConfig):
 
     @property
     def runnable(self) -> EngineConfig:
-        """The same settings without the device."""
-        return EngineConfig(
-            **{f.name: getattr(self, f.name) for f in fields(EngineConfig)} | {"device": None}
-        )
+        """The same settings without a device that is not here."""
+        device = {"device": "cuda" if self.device == "cuda" else None}
+        return EngineConfig(**{f.name: getattr(self, f.name) for f in fields(EngineConfig)} | device)
 
 
 # A field of a nested group gets a second name only by its annotation, and config.py knows no flags.

@@ -164,7 +164,14 @@ def test_machine_measures_the_gpu(capsys):
     assert 1e-6 < limits["barrier_s"] < 1e-3
 
 
-def test_a_plan_for_the_gpu_that_is_here(capsys, tmp_path):
-    path = synthesize("tiny-llama", "Q4_0", path=tmp_path / "tiny.gguf")
-    planned = document(capsys, "plan", "-m", str(path), "--device", "cuda")
+def test_a_plan_for_the_gpu_is_what_its_memory_then_holds(capsys, tmp_path):
+    path = synthesize("tiny-llama", "Q4_0", path=tmp_path / "tiny.gguf", vocab_size=20_000)
+    flags = ("--kv-cache-tokens", "65536", "--max-model-len", "1024")
+    planned = document(capsys, "plan", "-m", str(path), "--device", "cuda", *flags)
     assert planned["memory_bytes"] == torch.cuda.get_device_properties(0).total_memory
+    before = torch.cuda.memory_allocated()
+    options = {"device": "cuda", "kv_cache_tokens": 65536, "max_model_len": 1024}
+    llm = LLMEngine.from_config(EngineConfig.from_options(str(path), **options))
+    held = torch.cuda.memory_allocated() - before
+    assert planned["plan"]["cache_bytes"] == llm.layout.num_bytes
+    assert planned["plan"]["weight_bytes"] + planned["plan"]["cache_bytes"] == pytest.approx(held, rel=0.05)
