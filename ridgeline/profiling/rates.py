@@ -46,7 +46,7 @@ from ridgeline.quant.formats import FORMATS, format_named
 from ridgeline.quant.weight import Weight
 from ridgeline.sampling_params import SamplingParams
 
-SCHEMA = "ridgeline.rates/3"
+SCHEMA = "ridgeline.rates/4"
 COLUMNS = 1280
 BIG_ROWS, SMALL_ROWS = 1024, 64
 """Two matrices of COLUMNS columns: from their times, what a call costs and what a weight costs."""
@@ -64,8 +64,6 @@ PROBE_KV_HEADS = 4
 """A head's tiles are apart from each other in the pages, as in nearly every model."""
 KV_BYTES = 3 * 2**25
 """At most so many of K and V in all layers of the attention probe."""
-EVICTING_BYTES = LARGEST_SET
-"""Read before a step, as weights and other sequences' pages are: no cache keeps what the step before left."""
 PROBE_VOCAB = 32768
 
 
@@ -123,21 +121,21 @@ class KernelRates:
         return {tokens: LinearRate(*pair) for tokens, pair in zip(LINEAR_TOKENS, _pairs(values), strict=True)}
 
     def attention(
-        self, *, head_dim: int, q_per_kv: int, dtype: KVCacheDType
+        self, *, head_dim: int, q_per_kv: int, dtype: KVCacheDType, among: int
     ) -> Mapping[tuple[int, int], AttentionRate]:
-        """By (new tokens, sequences)."""
+        """By (new tokens, sequences), where as many bytes are read between two steps: see `set_of`."""
         values = self._rates(
-            f"attention {q_per_kv} heads of {head_dim}, {dtype} pages",
-            lambda: _measure_attention(self._limits, head_dim, q_per_kv, dtype),
+            f"attention {q_per_kv} heads of {head_dim}, {dtype} pages, among {among // 2**20} MiB",
+            lambda: _measure_attention(self._limits, head_dim, q_per_kv, dtype, among),
         )
         return {at: AttentionRate(*pair) for at, pair in zip(ATTENTION_GRID, _pairs(values), strict=True)}
 
-    def shared_pair_s(self, *, head_dim: int, q_per_kv: int, dtype: KVCacheDType) -> float:
+    def shared_pair_s(self, *, head_dim: int, q_per_kv: int, dtype: KVCacheDType, among: int) -> float:
         """As `AttentionRate.pair_s` where another sequence has just read the same pages."""
         return self._rates(
-            f"attention {q_per_kv} heads of {head_dim}, {dtype} pages, shared",
+            f"attention {q_per_kv} heads of {head_dim}, {dtype} pages, shared, among {among // 2**20} MiB",
             lambda: _measure_attention(
-                self._limits, head_dim, q_per_kv, dtype, grid=((1, SHARING_SEQS),), shared=True
+                self._limits, head_dim, q_per_kv, dtype, among, grid=((1, SHARING_SEQS),), shared=True
             ),
         )[1]
 
@@ -145,9 +143,10 @@ class KernelRates:
         """One element of a large norm or GLU, by all threads."""
         return self._rates(f"{kind} elements", lambda: [_measure_elements(self._limits, kind)])[0]
 
-    def engine(self) -> EngineRate:
-        """On a model so small that its kernels cost nothing."""
-        return EngineRate(*self._rates("engine without a model", lambda: _measure_engine(self._limits)))
+    def engine(self, *, among: int) -> EngineRate:
+        """On a model so small that its kernels cost nothing, with as many bytes read between two steps."""
+        name = f"engine without a model, among {among // 2**20} MiB"
+        return EngineRate(*self._rates(name, lambda: _measure_engine(self._limits, among)))
 
     def _rates(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
         if name not in self._known:
@@ -241,16 +240,18 @@ def _measure_attention(
     head_dim: int,
     q_per_kv: int,
     dtype: KVCacheDType,
+    among: int,
     *,
     grid: Sequence[tuple[int, int]] = ATTENTION_GRID,
     shared: bool = False,
 ) -> list[float]:
-    """Of one KV head among several, as in the middle of a step: blocks in no order, nothing in a cache.
+    """Of one KV head among several, as in the middle of a step: blocks in no order, and `among` bytes read
+    since they were read last.
 
     shared: all sequences read the blocks of the first.
     """
     values: list[float] = []
-    others = np.ones(EVICTING_BYTES // 8)
+    others = np.ones(among // 8)
     rng = np.random.default_rng(2)
     for num_new, num_seqs in grid:
         measured = []
@@ -298,9 +299,9 @@ def _measure_elements(limits: MachineLimits, kind: str) -> float:
     return seconds / (256 * COLUMNS)
 
 
-def _measure_engine(limits: MachineLimits) -> list[float]:
+def _measure_engine(limits: MachineLimits, among: int) -> list[float]:
     engine = probe_engine(num_threads=limits.num_threads, tokenizer=None)
-    others = np.ones(EVICTING_BYTES // 8)
+    others = np.ones(among // 8)
 
     def decode_s(num_seqs: int, num_steps: int = 100) -> float:
         params = SamplingParams(temperature=0, max_tokens=num_steps + 20, ignore_eos=True)

@@ -14,6 +14,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -88,7 +89,7 @@ class Predictor:
         self._rates = rates
         self._model_bytes = program.weight_bytes()
         self._linear_rates: dict[tuple[str, int], Mapping[int, LinearRate]] = {}
-        self._attention_rates: Mapping[tuple[int, int], AttentionRate] | None = None
+        self._attention_rates: dict[int, Mapping[tuple[int, int], AttentionRate]] = {}
         self._known: dict[tuple[int, int, tuple[tuple[int, int], ...]], float] = {}
         self._kinds = Counter(kind_of(i, program) for i in program.instructions)
         self._examples = {kind_of(i, program): i for i in program.instructions}
@@ -147,7 +148,7 @@ class Predictor:
         """Seconds of a step outside of the kernels."""
         if self._rates is None:
             return 0.0
-        rate = self._rates.engine()
+        rate = self._rates.engine(among=set_of(self._step_bytes(shape)))
         num_values = shape.num_logits * self.program.buffers[self.program.output].columns
         return rate.step_s + rate.sequence_s * len(shape.sequences) + rate.logit_s * num_values
 
@@ -271,10 +272,10 @@ class Predictor:
         layout = self._layout
         columns = self.program.buffers[instruction.outputs[0]].columns
         q_per_kv = columns // layout.head_dim // layout.num_kv_heads
-        if self._attention_rates is None:
-            self._attention_rates = self._rates.attention(
-                head_dim=layout.head_dim, q_per_kv=q_per_kv, dtype=layout.dtype
-            )
+        kernel: dict[str, Any] = {"head_dim": layout.head_dim, "q_per_kv": q_per_kv, "dtype": layout.dtype}
+        among = set_of(self._step_bytes(shape))
+        if among not in self._attention_rates:
+            self._attention_rates[among] = self._rates.attention(**kernel, among=among)
         num_keys = sum(length for _, length in shape.sequences)
         share = min(shape.num_shared_keys / num_keys, 1.0) if num_keys else 0.0
         window, num_sinks = instruction.attribute("window"), instruction.attribute("num_sinks")
@@ -284,14 +285,12 @@ class Predictor:
         groups += [((s,), s[0], 1) for s in shape.sequences if s[0] > 1]
         total = 0.0
         for sequences, num_new, num_seqs in groups:
-            rate = _attention_at(self._attention_rates, num_new, num_seqs)
+            rate = _attention_at(self._attention_rates[among], num_new, num_seqs)
             pairs = sum(scored_pairs(*s, window=window, num_sinks=num_sinks) for s in sequences)
             fixed = min(self.limits.barrier_s, rate.call_s)
             pair_s = rate.pair_s
             if share and num_new == 1:
-                shared_s = self._rates.shared_pair_s(
-                    head_dim=layout.head_dim, q_per_kv=q_per_kv, dtype=layout.dtype
-                )
+                shared_s = self._rates.shared_pair_s(**kernel, among=among)
                 pair_s += share * (min(shared_s, pair_s) - pair_s)
             total += fixed + layout.num_kv_heads * (rate.call_s - fixed + pairs * pair_s)
         return total

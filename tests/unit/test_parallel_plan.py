@@ -32,8 +32,8 @@ class Proportional(Rates):
     def linear(self, format, *, among):
         return {t: r.__class__(0.0, r.weight_s) for t, r in super().linear(format, among=among).items()}
 
-    def attention(self, *, head_dim, q_per_kv, dtype):
-        grid = super().attention(head_dim=head_dim, q_per_kv=q_per_kv, dtype=dtype)
+    def attention(self, **kernel):
+        grid = super().attention(**kernel)
         return {size: rate.__class__(0.0, rate.pair_s) for size, rate in grid.items()}
 
 

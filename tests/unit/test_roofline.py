@@ -46,16 +46,16 @@ class Rates:
     def linear(self, format, *, among):
         return {t: LinearRate(t * 1e-6, (1 + t / 8) * 1e-9) for t in LINEAR_TOKENS}
 
-    def attention(self, *, head_dim, q_per_kv, dtype):
+    def attention(self, **kernel):
         return {(new, seqs): AttentionRate(new * seqs * 1e-7, 1e-9) for new, seqs in ATTENTION_GRID}
 
-    def shared_pair_s(self, *, head_dim, q_per_kv, dtype):
+    def shared_pair_s(self, **kernel):
         return 0.25e-9
 
     def element_s(self, kind):
         return 0.0
 
-    def engine(self):
+    def engine(self, *, among):
         return EngineRate(1e-4, 1e-5, 0.0)
 
 
