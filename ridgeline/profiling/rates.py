@@ -46,15 +46,12 @@ from ridgeline.quant.formats import FORMATS, format_named
 from ridgeline.quant.weight import Weight
 from ridgeline.sampling_params import SamplingParams
 
-SCHEMA = "ridgeline.rates/4"
+SCHEMA = "ridgeline.rates/5"
 COLUMNS = 1280
 BIG_ROWS, SMALL_ROWS = 1024, 64
 """Two matrices of COLUMNS columns: from their times, what a call costs and what a weight costs."""
 LINEAR_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-STREAMED_TOKENS = 32
-"""Up to so many tokens matrices are read from as large a set as the model's; beyond, arithmetic rules."""
-CACHED_BYTES = 2**24
-SMALLEST_SET, LARGEST_SET = 2**24, 2**28
+SMALLEST_SET, LARGEST_SET = 2**24, 2**29
 ATTENTION_GRID = ((1, 1), (1, 4), (1, 16), (16, 1), (64, 1), (256, 1), (512, 1))
 """(new tokens, sequences)"""
 SHARING_SEQS = 16
@@ -224,10 +221,7 @@ def _measure_linear(limits: MachineLimits, format: str, among: int) -> list[floa
         native.close()
         return seconds
 
-    few = [t for t in LINEAR_TOKENS if t <= STREAMED_TOKENS]
-    many = [t for t in LINEAR_TOKENS if t > STREAMED_TOKENS]
-    big = times(BIG_ROWS, among, few) + times(BIG_ROWS, CACHED_BYTES // 4, many)
-    small = times(SMALL_ROWS, among // 4, few) + times(SMALL_ROWS, CACHED_BYTES // 8, many)
+    big, small = times(BIG_ROWS, among, LINEAR_TOKENS), times(SMALL_ROWS, among // 4, LINEAR_TOKENS)
     values: list[float] = []
     for large, little in zip(big, small, strict=True):
         weight_s = (large - little) / ((BIG_ROWS - SMALL_ROWS) * COLUMNS)

@@ -160,7 +160,7 @@ def test_machine_measures_the_gpu(capsys):
     limits = document(capsys, "machine", "--device", "cuda")["limits"]
     assert limits["name"] == torch.cuda.get_device_properties(0).name
     assert limits["read"][0][1] > 100  # GB/s
-    assert limits["int8_gop_s"] > limits["fp32_gflop_s"] > 1000
+    assert min(limits["int8_gop_s"], limits["fp32_gflop_s"]) > 1000
     assert 1e-6 < limits["barrier_s"] < 1e-3
 
 
