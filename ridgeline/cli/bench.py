@@ -14,7 +14,6 @@ from cyclopts import Parameter
 
 from ridgeline.bench.compare import Comparison
 from ridgeline.bench.compare import compare as compare_documents
-from ridgeline.bench.intervals import half_width
 from ridgeline.bench.latency import LatencyOptions, measure_latency
 from ridgeline.bench.load import Progress as LoadProgress
 from ridgeline.bench.repeat import RepeatOptions
@@ -224,15 +223,9 @@ def _end(document: Mapping[str, Any], path: Path | None, *, json: bool, table: s
 
 def result_table(document: Mapping[str, Any]) -> str:
     """The figures for people; a dash where samples are too few, and how many are missing below."""
-    details = document["details"]
-    in_turns = details.get("intervals_in_turns")
-    widths = ("±",) if in_turns is None else ("±", "± in turns")
-    rows: list[tuple[str, ...]] = [
-        ("metric", "unit", "n", "mean", "median", "95 % interval", *widths, "P95", "P99")
-    ]
+    rows = [("metric", "unit", "n", "mean", "median", "95 % interval", "±", "P95", "P99")]
     for name, metric in document["metrics"].items():
         interval, median = metric["ci95"], metric["median"]
-        intervals = (interval,) if in_turns is None else (interval, in_turns[name])
         rows.append(
             (
                 name,
@@ -240,11 +233,12 @@ def result_table(document: Mapping[str, Any]) -> str:
                 str(metric["n"]),
                 *(_number(metric[key]) for key in ("mean", "median")),
                 "-" if interval is None else f"{_number(interval[0])} to {_number(interval[1])}",
-                *(f"{half_width(one, median):.1%}" if one and median else "-" for one in intervals),
+                f"{(interval[1] - interval[0]) / 2 / abs(median):.1%}" if interval and median else "-",
                 *(_number(metric[key]) for key in ("p95", "p99")),
             )
         )
     lines = [*_aligned(rows), ""]
+    details = document["details"]
     if "stopped" in details:
         why = (
             "every interval is within 5 % of its median"

@@ -154,12 +154,13 @@ class KernelRates:
         return self._known[name]
 
 
-def set_of(num_bytes: int) -> int:
+def set_of(num_bytes: int, *, parts: int = 4) -> int:
     """The size of a set of bytes among which rates are measured, nearest to `num_bytes` that a step reads.
 
-    Quarters of a power of two: what a cache keeps of a set changes quickly with its size.
+    Quarters of a power of two for matrices, which are most of a set: what a cache keeps of it changes quickly
+    with its size. `parts` 1: whole powers, for what only shares the caches with them.
     """
-    return int(2 ** (round(4 * math.log2(min(max(num_bytes, SMALLEST_SET), LARGEST_SET))) / 4))
+    return int(2 ** (round(parts * math.log2(min(max(num_bytes, SMALLEST_SET), LARGEST_SET))) / parts))
 
 
 def scored_pairs(num_new: int, length: int, *, window: int | None = None, num_sinks: int = 0) -> int:
