@@ -128,24 +128,36 @@ def test_pages_that_another_sequence_reads_cost_less(model_path, config):
 
 
 def test_matrices_are_among_all_bytes_of_a_step(model_path, config):
-    sets = []
+    sets, coarse = [], []
 
     class Asked(Rates):
         def linear(self, format, *, among):
             sets.append(among)
             return super().linear(format, among=among)
 
+        def attention(self, *, among, **kernel):
+            coarse.append(among)
+            return super().attention(**kernel)
+
+        def engine(self, *, among):
+            coarse.append(among)
+            return super().engine(among=among)
+
     p = predictor(model_path, config, Asked())
     p._model_bytes = 2**25
     p.step_s([(1, 32)], 1)
-    assert set(sets) == {2**25}
+    assert set(sets) == set(coarse) == {2**25}
     token_bytes = p._layout.num_layers * p._kv_token_bytes
-    length = 32 * (2**20 // token_bytes)  # of sixteen sequences: 2**29 bytes, more than the largest set
+    length = 32 * (
+        2**20 // token_bytes
+    )  # of sixteen sequences: 2**29 bytes and the weights, more than the largest set
     p.step_s([(1, length)] * 16, 16)
-    assert set(sets) == {2**25, 2**28}
+    assert set(sets) == {2**25, 2**29}
     p.step_s([(1, length)] * 16, 16, num_shared_keys=16 * length)
-    assert set(sets) == {2**25, 2**28}, "shared pages are read once"
-    assert [set_of(n) for n in (1, 2**27, int(1.15 * 2**27), 2**40)] == [2**24, 2**27, int(2**27.25), 2**28]
+    assert set(sets) == {2**25, 2**29}, "shared pages are read once"
+    assert set(coarse) == {2**25, 2**29}
+    assert [set_of(n) for n in (1, 2**27, int(1.15 * 2**27), 2**40)] == [2**24, 2**27, int(2**27.25), 2**29]
+    assert [set_of(n, parts=1) for n in (2**27, int(1.3 * 2**27), int(1.5 * 2**27))] == [2**27, 2**27, 2**28]
 
 
 def test_a_prompt_is_the_sum_of_its_chunks(model_path, config):
