@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -226,18 +225,16 @@ def _grid(
 
 
 def _medians(grids: Sequence[Grid]) -> Grid:
-    """The rounds as one: medians, and the error of the predictions."""
+    """Of every figure the round whose error is the median one: a round is short, and drift is between rounds."""
 
-    def combined(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        entry = dict(entries[0])
-        for key in ("predicted_s", "measured_s"):
-            if entry[key] is not None:
-                entry[key] = statistics.median(e[key] for e in entries)
-        measured = entry["measured_s"]
-        return entry | {"error": None if measured is None else entry["predicted_s"] / measured - 1}
+    def middle(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if entries[0]["measured_s"] is None:
+            return {**entries[0], "error": None}
+        judged = [{**e, "error": e["predicted_s"] / e["measured_s"] - 1} for e in entries]
+        return sorted(judged, key=lambda e: float(e["error"]))[len(judged) // 2]
 
     return {
-        name: [combined(entries) for entries in zip(*(grid[name] for grid in grids), strict=True)]
+        name: [middle(entries) for entries in zip(*(grid[name] for grid in grids), strict=True)]
         for name in grids[0]
     }
 
