@@ -225,7 +225,7 @@ def _grid(
 
 
 def _medians(grids: Sequence[Grid]) -> Grid:
-    """Of every figure the round whose error is the median one: a round is short, and drift is between rounds."""
+    """Of every figure the round whose error is the median one: drift is between rounds, a round is short."""
 
     def middle(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if entries[0]["measured_s"] is None:
