@@ -46,11 +46,15 @@ from ridgeline.quant.formats import FORMATS, format_named
 from ridgeline.quant.weight import Weight
 from ridgeline.sampling_params import SamplingParams
 
-SCHEMA = "ridgeline.rates/5"
+SCHEMA = "ridgeline.rates/6"
 COLUMNS = 1280
 BIG_ROWS, SMALL_ROWS = 1024, 64
 """Two matrices of COLUMNS columns: from their times, what a call costs and what a weight costs."""
 LINEAR_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+STREAMED_TOKENS = 32
+"""Up to so many tokens a step reads a whole set of matrices. Beyond, arithmetic takes long: a step has a few of
+them, and the set is read before."""
+FEW_BYTES = 2**25
 SMALLEST_SET, LARGEST_SET = 2**24, 2**29
 ATTENTION_GRID = ((1, 1), (1, 4), (1, 16), (16, 1), (64, 1), (256, 1), (512, 1))
 """(new tokens, sequences)"""
@@ -158,7 +162,7 @@ def set_of(num_bytes: int, *, parts: int = 4) -> int:
     """The size of a set of bytes among which rates are measured, nearest to `num_bytes` that a step reads.
 
     Quarters of a power of two for matrices, which are most of a set: what a cache keeps of it changes quickly
-    with its size. `parts` 1: whole powers, for what only shares the caches with them.
+    with its size. `parts` 2: halves, for what only shares the caches with them.
     """
     return int(2 ** (round(parts * math.log2(min(max(num_bytes, SMALLEST_SET), LARGEST_SET))) / parts))
 
@@ -204,7 +208,11 @@ def _native(program: Program, limits: MachineLimits, layout: CacheLayout, max_to
 
 
 def _measure_linear(limits: MachineLimits, format: str, among: int) -> list[float]:
-    def times(rows: int, num_bytes: int, tokens: Sequence[int]) -> list[float]:
+    others = np.ones(among // 8)
+
+    def times(
+        rows: int, num_bytes: int, tokens: Sequence[int], before: Callable[[], object] | None = None
+    ) -> list[float]:
         count = max(
             2,
             min(
@@ -218,11 +226,14 @@ def _measure_linear(limits: MachineLimits, format: str, among: int) -> list[floa
         )
         program = linear_program(format, rows=rows, columns=COLUMNS, count=count)
         native = _native(program, limits, layout_of(blocks_of(max(tokens))), max(tokens))
-        seconds = [op_seconds(native, prompt_batch(t), Opcode.LINEAR) for t in tokens]
+        seconds = [op_seconds(native, prompt_batch(t), Opcode.LINEAR, before_step=before) for t in tokens]
         native.close()
         return seconds
 
-    big, small = times(BIG_ROWS, among, LINEAR_TOKENS), times(SMALL_ROWS, among // 4, LINEAR_TOKENS)
+    few = [t for t in LINEAR_TOKENS if t <= STREAMED_TOKENS]
+    many = [t for t in LINEAR_TOKENS if t > STREAMED_TOKENS]
+    big = times(BIG_ROWS, among, few) + times(BIG_ROWS, FEW_BYTES, many, others.sum)
+    small = times(SMALL_ROWS, among // 4, few) + times(SMALL_ROWS, FEW_BYTES // 4, many, others.sum)
     values: list[float] = []
     for large, little in zip(big, small, strict=True):
         weight_s = (large - little) / ((BIG_ROWS - SMALL_ROWS) * COLUMNS)

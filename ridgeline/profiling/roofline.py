@@ -148,7 +148,7 @@ class Predictor:
         """Seconds of a step outside of the kernels."""
         if self._rates is None:
             return 0.0
-        rate = self._rates.engine(among=set_of(self._step_bytes(shape), parts=1))
+        rate = self._rates.engine(among=set_of(self._step_bytes(shape), parts=2))
         num_values = shape.num_logits * self.program.buffers[self.program.output].columns
         return rate.step_s + rate.sequence_s * len(shape.sequences) + rate.logit_s * num_values
 
@@ -273,7 +273,7 @@ class Predictor:
         columns = self.program.buffers[instruction.outputs[0]].columns
         q_per_kv = columns // layout.head_dim // layout.num_kv_heads
         kernel: dict[str, Any] = {"head_dim": layout.head_dim, "q_per_kv": q_per_kv, "dtype": layout.dtype}
-        among = set_of(self._step_bytes(shape), parts=1)
+        among = set_of(self._step_bytes(shape), parts=2)
         if among not in self._attention_rates:
             self._attention_rates[among] = self._rates.attention(**kernel, among=among)
         num_keys = sum(length for _, length in shape.sequences)
