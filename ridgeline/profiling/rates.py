@@ -52,7 +52,7 @@ BIG_ROWS, SMALL_ROWS = 1024, 64
 """Two matrices of COLUMNS columns: from their times, what a call costs and what a weight costs."""
 LINEAR_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 STREAMED_TOKENS = 32
-"""Up to so many tokens a step reads a whole set of matrices. Beyond, arithmetic takes long: a step has a few of
+"""Up to so many tokens a step reads a whole set of matrices. Beyond, arithmetic takes long: it has a few of
 them, and the set is read before."""
 FEW_BYTES = 2**25
 SMALLEST_SET, LARGEST_SET = 2**24, 2**29
