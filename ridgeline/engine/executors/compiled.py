@@ -19,14 +19,14 @@ from ridgeline.config import EngineConfig
 from ridgeline.distributed.collectives import Collectives
 from ridgeline.distributed.groups import ALONE
 from ridgeline.engine.executors import FinishedStep, run_plan
-from ridgeline.engine.executors.eager import fits_device, logits_of, prepare_torch
+from ridgeline.engine.executors.eager import bind_torch, logits_of, prepare_torch
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.kvcache.layout import CacheLayout
-from ridgeline.models.decoder import bind_decoder, decoder
+from ridgeline.models.decoder import decoder
 from ridgeline.models.load import LoadedModel
 from ridgeline.ops.batch import ForwardBatch
 from ridgeline.ops.exchange import Exchange, exchange_over
-from ridgeline.ops.torch_ops import TorchBatch, TorchOps, paged_attention, store_kv
+from ridgeline.ops.torch_ops import TorchBatch, paged_attention, store_kv
 
 MIN_ROWS = 2
 
@@ -152,7 +152,7 @@ class CompiledExecutor:
         layout: CacheLayout,
         collectives: Collectives | Exchange | None = None,
     ) -> None:
-        assert config.dtype and config.device and config.attention and config.max_model_len
+        assert config.device and config.max_model_len
         prepare_torch(config)
         self._device = config.device
         self._layout = layout
@@ -161,19 +161,14 @@ class CompiledExecutor:
         in_graph = None if self._exchange is None else _GraphExchange(self._exchange)
         self._max_num_seqs = config.scheduler.max_num_seqs
         self._max_num_blocks = -(-config.max_model_len // layout.block_size)
-        with fits_device(layout):
-            self.ops = TorchOps(
-                layout,
-                dtype=config.dtype,
-                device=config.device,
-                attention=config.attention,
-                store_kv=_store_kv,
-                paged_attention=_paged_attention,
-                exchange=in_graph,
-            )
-            weights = bind_decoder(
-                self.ops, model.config, model.weights, max_model_len=config.max_model_len, shard=model.shard
-            )
+        self.ops, weights = bind_torch(
+            config,
+            model,
+            layout,
+            store_kv=_store_kv,
+            paged_attention=_paged_attention,
+            exchange=in_graph,
+        )
 
         def step(batch: TorchBatch, received: torch.Tensor | None) -> torch.Tensor:
             if in_graph is not None:

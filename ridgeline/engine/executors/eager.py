@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +15,11 @@ from ridgeline.engine.executors import FinishedStep, run_plan
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.errors import ConfigError
 from ridgeline.kvcache.layout import CacheLayout
-from ridgeline.models.decoder import bind_decoder, decoder
+from ridgeline.models.decoder import DecoderWeights, bind_decoder, decoder
 from ridgeline.models.load import LoadedModel
 from ridgeline.ops.batch import ForwardBatch
 from ridgeline.ops.exchange import Exchange, exchange_over
-from ridgeline.ops.torch_ops import TorchBatch, TorchOps
+from ridgeline.ops.torch_ops import TorchBatch, TorchHandle, TorchOps
 
 
 def prepare_torch(config: EngineConfig) -> None:
@@ -38,11 +37,19 @@ def free_cuda_bytes() -> int:
     return int(torch.cuda.mem_get_info()[0])
 
 
-@contextmanager
-def fits_device(layout: CacheLayout) -> Iterator[None]:
-    """Weights and pages go to the device inside. Raises ConfigError where it has no room for them."""
+def bind_torch(
+    config: EngineConfig, model: LoadedModel, layout: CacheLayout, **parts: Any
+) -> tuple[TorchOps, DecoderWeights[TorchHandle]]:
+    """Pages and weights on the device, for both torch executors; `parts` are given to `TorchOps`.
+
+    Raises ConfigError where a GPU has no room for them.
+    """
+    assert config.dtype and config.device and config.attention and config.max_model_len
     try:
-        yield
+        ops = TorchOps(layout, dtype=config.dtype, device=config.device, attention=config.attention, **parts)
+        return ops, bind_decoder(
+            ops, model.config, model.weights, max_model_len=config.max_model_len, shard=model.shard
+        )
     except torch.OutOfMemoryError:
         free, total = torch.cuda.mem_get_info()
         raise ConfigError(
@@ -79,22 +86,14 @@ class EagerExecutor:
         collectives: Collectives | Exchange | None = None,
     ) -> None:
         """`collectives`: of a rank, on numpy arrays for the CPU and on tensors for CUDA."""
-        assert config.dtype and config.device and config.attention and config.max_model_len
+        assert config.device
         prepare_torch(config)
         self._model_config, self._shard = model.config, model.shard
         self._device = config.device
         self._block_size = layout.block_size
-        with fits_device(layout):
-            self.ops = TorchOps(
-                layout,
-                dtype=config.dtype,
-                device=config.device,
-                attention=config.attention,
-                exchange=exchange_over(collectives, config.device),
-            )
-            self._weights = bind_decoder(
-                self.ops, model.config, model.weights, max_model_len=config.max_model_len, shard=model.shard
-            )
+        self.ops, self._weights = bind_torch(
+            config, model, layout, exchange=exchange_over(collectives, config.device)
+        )
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch) -> npt.NDArray[np.floating]:
