@@ -29,6 +29,7 @@ from ridgeline.bench.throughput import samples_of
 from ridgeline.bench.workload import NAMED, Gamma, Workload
 from ridgeline.config import EngineConfig
 from ridgeline.engine.engine import LLMEngine
+from ridgeline.engine.executors.native import NativeExecutor
 from ridgeline.engine.scheduler import StepPlan
 from ridgeline.profiling.machine import machine_limits
 from ridgeline.profiling.rates import KernelRates
@@ -158,6 +159,8 @@ def main() -> None:
         kv_cache_tokens=16 * 1024,
     )
     llm = LLMEngine.from_config(config)
+    assert isinstance(llm.executor, NativeExecutor)
+    llm.executor.native.pages[:] = 0  # or steps wait for the system to find memory, long after the warm-up
     workloads: dict[str, Workload] = {"w3": replace(NAMED["w3"], max_concurrency=None)}
     run_engine(llm, workloads["w3"], 10**6, Measured())  # warm-up
     measured: dict[str, Measured] = {}

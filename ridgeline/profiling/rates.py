@@ -11,18 +11,20 @@ Rates are kept beside the machine's limits and measured when they are first need
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ridgeline.config import TILE_TOKENS, KVCacheDType
+from ridgeline.engine.executors.native import NativeExecutor
 from ridgeline.kvcache.layout import CacheLayout
 from ridgeline.ops.batch import ForwardBatch, Row
 from ridgeline.ops.native import NativeProgram
@@ -46,15 +48,16 @@ from ridgeline.quant.formats import FORMATS, format_named
 from ridgeline.quant.weight import Weight
 from ridgeline.sampling_params import SamplingParams
 
-SCHEMA = "ridgeline.rates/6"
-COLUMNS = 1280
-BIG_ROWS, SMALL_ROWS = 1024, 64
-"""Two matrices of COLUMNS columns: from their times, what a call costs and what a weight costs."""
-LINEAR_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
-STREAMED_TOKENS = 32
-"""Up to so many tokens a step reads a whole set of matrices. Beyond, arithmetic takes long: it has a few of
-them, and the set is read before."""
-FEW_BYTES = 2**25
+SCHEMA = "ridgeline.rates/7"
+ROWS, COLUMNS = (256, 2048), (768, 2304)
+"""Matrices of both numbers of rows and of columns. No power of two as columns: a tile's rows of activations
+would share sets of the L1 cache."""
+MAX_MATRICES = 4096
+ELEMENT_COLUMNS = 1280
+FEW_TOKENS, MANY_TOKENS = (1, 2, 4, 8, 16, 32), (64, 128, 256, 512)
+"""With few tokens, reading a whole step's matrices takes most of the time. With many, arithmetic does: a few
+matrices of FEW_BYTES tell as much, after OTHER_BYTES have pushed them out of the caches."""
+FEW_BYTES, OTHER_BYTES = 2**25, 2**27
 SMALLEST_SET, LARGEST_SET = 2**24, 2**29
 ATTENTION_GRID = ((1, 1), (1, 4), (1, 16), (16, 1), (64, 1), (256, 1), (512, 1))
 """(new tokens, sequences)"""
@@ -63,19 +66,41 @@ ATTENTION_CONTEXTS = (64, 1024)
 """Tokens in the cache before the new ones."""
 PROBE_KV_HEADS = 4
 """A head's tiles are apart from each other in the pages, as in nearly every model."""
-KV_BYTES = 3 * 2**25
-"""At most so many of K and V in all layers of the attention probe."""
+CACHE_BYTES = 2**28
+"""K and V of the attention probe, in which the blocks of its sequences lie about."""
 PROBE_VOCAB = 32768
 
 
 @dataclass(frozen=True, slots=True)
 class LinearRate:
-    """Of one kernel (`packing.kernel_name`) at some number of tokens."""
+    """Of one kernel (`packing.kernel_name`) at some number of tokens: what R rows and C columns take is
+    call_s + C column_s + R row_s + R C weight_s."""
 
     call_s: float
-    """One call on COLUMNS columns: threads, quantizing the input, writing the output."""
+    """Starting the threads, and waiting for the last of them."""
+    column_s: float
+    """One column of the input for all tokens: quantizing it."""
+    row_s: float
+    """One row: its outputs of all tokens, and the beginning of its loop."""
     weight_s: float
     """One weight for all tokens together."""
+
+    @classmethod
+    def of_corners(cls, seconds: Mapping[tuple[int, int], float]) -> LinearRate:
+        """From the times of two numbers of rows by two of columns."""
+        (r0, r1), (c0, c1) = ROWS, COLUMNS
+        slopes = [(seconds[r1, c] - seconds[r0, c]) / (r1 - r0) for c in COLUMNS]
+        weight_s = (slopes[1] - slopes[0]) / (c1 - c0)
+        row_s = slopes[0] - weight_s * c0
+        column_s = (seconds[r0, c1] - seconds[r0, c0]) / (c1 - c0) - weight_s * r0
+        call_s = seconds[r0, c0] - column_s * c0 - row_s * r0 - weight_s * r0 * c0
+        return cls(call_s, column_s, row_s, weight_s)
+
+    @staticmethod
+    def seconds(rates: Sequence[tuple[LinearRate, int]], columns: int) -> float:
+        """Of one instruction: matrices by their rates and rows, which share an input of `columns`."""
+        shared = max(rate.call_s + columns * rate.column_s for rate, _ in rates)
+        return max(shared + sum(rows * (r.row_s + columns * r.weight_s) for r, rows in rates), 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +140,18 @@ class KernelRates:
 
     def linear(self, format: str, *, among: int) -> Mapping[int, LinearRate]:
         """By number of tokens, for matrices read among as many bytes: see `set_of`."""
-        values = self._rates(
+        limits = self._limits
+        few = self._rates(
             f"linear {format} among {among // 2**20} MiB",
-            lambda: _measure_linear(self._limits, format, among),
+            lambda: _measure_linear(limits, format, FEW_TOKENS, among),
         )
-        return {tokens: LinearRate(*pair) for tokens, pair in zip(LINEAR_TOKENS, _pairs(values), strict=True)}
+        many = self._rates(
+            f"linear {format}, many tokens",
+            lambda: _measure_linear(limits, format, MANY_TOKENS, FEW_BYTES, others=OTHER_BYTES),
+        )
+        values = few + many
+        rates = (LinearRate(*values[i : i + 4]) for i in range(0, len(values), 4))
+        return dict(zip(FEW_TOKENS + MANY_TOKENS, rates, strict=True))
 
     def attention(
         self, *, head_dim: int, q_per_kv: int, dtype: KVCacheDType, among: int
@@ -141,7 +173,7 @@ class KernelRates:
         )[1]
 
     def element_s(self, kind: str) -> float:
-        """One element of a large norm or GLU, by all threads."""
+        """One element of a large norm, GLU or addition, by all threads."""
         return self._rates(f"{kind} elements", lambda: [_measure_elements(self._limits, kind)])[0]
 
     def engine(self, *, among: int) -> EngineRate:
@@ -165,6 +197,11 @@ def set_of(num_bytes: int, *, parts: int = 4) -> int:
     with its size. `parts` 2: halves, for what only shares the caches with them.
     """
     return int(2 ** (round(parts * math.log2(min(max(num_bytes, SMALLEST_SET), LARGEST_SET))) / parts))
+
+
+def measured_activation_bytes(num_tokens: int) -> int:
+    """Of the matrices with which linear rates are measured: what these bytes cost is in the rates."""
+    return int(4 * num_tokens * (statistics.fmean(ROWS) + statistics.fmean(COLUMNS)))
 
 
 def scored_pairs(num_new: int, length: int, *, window: int | None = None, num_sinks: int = 0) -> int:
@@ -207,38 +244,21 @@ def _native(program: Program, limits: MachineLimits, layout: CacheLayout, max_to
     )
 
 
-def _measure_linear(limits: MachineLimits, format: str, among: int) -> list[float]:
-    others = np.ones(among // 8)
-
-    def times(
-        rows: int, num_bytes: int, tokens: Sequence[int], before: Callable[[], object] | None = None
-    ) -> list[float]:
-        count = max(
-            2,
-            min(
-                512,
-                int(
-                    8
-                    * num_bytes
-                    / (rows * COLUMNS * format_named(format.removesuffix(ROUNDED)).bits_per_weight)
-                ),
-            ),
-        )
-        program = linear_program(format, rows=rows, columns=COLUMNS, count=count)
+def _measure_linear(
+    limits: MachineLimits, format: str, tokens: Sequence[int], num_bytes: int, *, others: int = 0
+) -> list[float]:
+    """Matrices of `num_bytes` together, one after another; `others`: bytes that are read before each step."""
+    before = np.ones(others // 8).sum if others else None
+    weight_bytes = format_named(format.removesuffix(ROUNDED)).bits_per_weight / 8
+    seconds: dict[int, dict[tuple[int, int], float]] = {t: {} for t in tokens}
+    for rows, columns in itertools.product(ROWS, COLUMNS):
+        count = min(max(int(num_bytes / (rows * columns * weight_bytes)), 2), MAX_MATRICES)
+        program = linear_program(format, rows=rows, columns=columns, count=count)
         native = _native(program, limits, layout_of(blocks_of(max(tokens))), max(tokens))
-        seconds = [op_seconds(native, prompt_batch(t), Opcode.LINEAR, before_step=before) for t in tokens]
+        for t in tokens:
+            seconds[t][rows, columns] = op_seconds(native, prompt_batch(t), Opcode.LINEAR, before_step=before)
         native.close()
-        return seconds
-
-    few = [t for t in LINEAR_TOKENS if t <= STREAMED_TOKENS]
-    many = [t for t in LINEAR_TOKENS if t > STREAMED_TOKENS]
-    big = times(BIG_ROWS, among, few) + times(BIG_ROWS, FEW_BYTES, many, others.sum)
-    small = times(SMALL_ROWS, among // 4, few) + times(SMALL_ROWS, FEW_BYTES // 4, many, others.sum)
-    values: list[float] = []
-    for large, little in zip(big, small, strict=True):
-        weight_s = (large - little) / ((BIG_ROWS - SMALL_ROWS) * COLUMNS)
-        values += [max(little - weight_s * SMALL_ROWS * COLUMNS, 0.0), weight_s]
-    return values
+    return [value for corners in seconds.values() for value in astuple(LinearRate.of_corners(corners))]
 
 
 def _measure_attention(
@@ -256,58 +276,68 @@ def _measure_attention(
 
     shared: all sequences read the blocks of the first.
     """
-    values: list[float] = []
     others = np.ones(among // 8)
     rng = np.random.default_rng(2)
+    num_blocks = max(n for _, n in ATTENTION_GRID) * blocks_of(ATTENTION_CONTEXTS[-1] + 1)
+    layer = {"num_kv_heads": PROBE_KV_HEADS, "head_dim": head_dim}
+    layer_bytes = layout_of(num_blocks, **layer, dtype=dtype).num_bytes
+    shape = layer | {"num_layers": min(max(CACHE_BYTES // layer_bytes, 2), 16)}
+    native = _native(
+        attention_program(**shape, q_per_kv=q_per_kv, rotate=True),
+        limits,
+        layout_of(num_blocks, **shape, dtype=dtype),
+        max(new for new, _ in grid),
+    )
+    fill_pages(native, dtype)
+    values: list[float] = []
     for num_new, num_seqs in grid:
         measured = []
         for context in ATTENTION_CONTEXTS:
             length = context + num_new
-            blocks = blocks_of(length)
-            layer_bytes = PROBE_KV_HEADS * num_seqs * blocks * BLOCK_SIZE * 2 * head_dim * 2
-            num_layers = max(2, min(16, KV_BYTES // layer_bytes)) if num_new == 1 else 4
-            shape = {"num_layers": num_layers, "num_kv_heads": PROBE_KV_HEADS, "head_dim": head_dim}
-            native = _native(
-                attention_program(**shape, q_per_kv=q_per_kv, rotate=True),
-                limits,
-                layout_of(num_seqs * blocks, **shape, dtype=dtype),
-                num_new * num_seqs,
-            )
-            fill_pages(native, dtype)
-            tables = rng.permutation(num_seqs * blocks).reshape(num_seqs, blocks)
+            blocks = rng.permutation(num_blocks)[: num_seqs * blocks_of(length)].reshape(num_seqs, -1)
             if shared:
-                tables[:] = tables[0]
-            rows = [Row((0,) * num_new, context, tuple(table), 1) for table in tables.tolist()]
+                blocks[:] = blocks[0]
+            rows = [Row((0,) * num_new, context, tuple(table), 1) for table in blocks.tolist()]
             batch = ForwardBatch.from_rows(rows, block_size=BLOCK_SIZE)
             pairs = num_seqs * scored_pairs(num_new, length)
             seconds = op_seconds(native, batch, Opcode.ATTENTION, before_step=others.sum)
             fixed = min(limits.barrier_s, seconds)  # once for all heads
             measured.append((pairs, fixed + (seconds - fixed) / PROBE_KV_HEADS))
-            native.close()
         (few, short), (many, long) = measured
         pair_s = max((long - short) / (many - few), 0.0)
         values += [max(short - pair_s * few, 0.0), pair_s]
+    native.close()
     return values
 
 
 def _measure_elements(limits: MachineLimits, kind: str) -> float:
     recorder = Recorder()
-    row = float_rows("x", COLUMNS)
+    row = float_rows("x", ELEMENT_COLUMNS)
     x = recorder.embed(recorder.bind(row), None)
     if kind == "norm":
-        gain = recorder.bind(Weight("g", row.format, (COLUMNS,), {"data": row.buffers["data"][0]}))
+        gain = recorder.bind(Weight("g", row.format, (ELEMENT_COLUMNS,), {"data": row.buffers["data"][0]}))
         y, opcode = recorder.rms_norm(x, gain, eps=1e-5, offset=0.0), Opcode.RMS_NORM
+    elif kind == "add":
+        y, opcode = recorder.add(x, x), Opcode.ADD
     else:
         y, opcode = recorder.glu(x, x, activation="silu"), Opcode.GLU
     native = _native(recorder.program(y), limits, layout_of(blocks_of(256)), 256)
     seconds = op_seconds(native, prompt_batch(256), opcode)
     native.close()
-    return seconds / (256 * COLUMNS)
+    return seconds / (256 * ELEMENT_COLUMNS)
 
 
 def _measure_engine(limits: MachineLimits, among: int) -> list[float]:
+    """Before each step matrices are multiplied with as many tokens: to the caches, a step of a model."""
     engine = probe_engine(num_threads=limits.num_threads, tokenizer=None)
-    others = np.ones(among // 8)
+    assert isinstance(engine.executor, NativeExecutor)
+    native = engine.executor.native
+    rows, columns = ROWS[1], COLUMNS[0]
+    weight_bytes = FORMATS["Q8_0"].bits_per_weight / 8
+    program = linear_program(
+        "Q8_0", rows=rows, columns=columns, count=int(among / (rows * columns * weight_bytes))
+    )
+    reader = _native(program, limits, layout_of(1), 16)
 
     def decode_s(num_seqs: int, num_steps: int = 100) -> float:
         params = SamplingParams(temperature=0, max_tokens=num_steps + 20, ignore_eos=True)
@@ -315,12 +345,14 @@ def _measure_engine(limits: MachineLimits, among: int) -> list[float]:
             engine.add_request({"prompt_token_ids": [i + 1] * 8}, params)
         for _ in range(10):
             engine.step()
+        native.take_times()
         times = []
         for _ in range(num_steps):
-            others.sum()  # a model's weights push the engine's own objects out of the caches
+            reader.step(prompt_batch(num_seqs))
             started = time.perf_counter()
             engine.step()
-            times.append(time.perf_counter() - started)
+            elapsed = time.perf_counter() - started
+            times.append(elapsed - float(native.take_times().sum()))
         while engine.has_unfinished:
             engine.step()
         return statistics.median(times)
@@ -329,15 +361,12 @@ def _measure_engine(limits: MachineLimits, among: int) -> list[float]:
     one, many = decode_s(1), decode_s(16)
     engine.close()
     sequence_s = max((many - one) / 15, 0.0)
-    recorder = Recorder()
-    table = np.random.default_rng(4).standard_normal((16, PROBE_VOCAB), np.float32)
-    y = recorder.embed(recorder.bind(Weight("x", FORMATS["F32"], table.shape, {"data": table})), None)
-    native = _native(recorder.program(y), limits, layout_of(1), 16)
+    logits = np.random.default_rng(4).standard_normal((16, PROBE_VOCAB), np.float32)
     times = []
     for _ in range(50):
-        others.sum()
+        reader.step(prompt_batch(16))
         started = time.perf_counter()
-        native.greedy(table)
+        reader.greedy(logits)
         times.append(time.perf_counter() - started)
-    native.close()
-    return [max(one - sequence_s, 0.0), sequence_s, statistics.median(times) / table.size]
+    reader.close()
+    return [max(one - sequence_s, 0.0), sequence_s, statistics.median(times) / logits.size]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -31,13 +31,15 @@ from ridgeline.ops.program import COLLECTIVES, Instruction, Opcode, Program, Ste
 from ridgeline.profiling.links import Link
 from ridgeline.profiling.machine import MachineLimits
 from ridgeline.profiling.rates import (
-    COLUMNS,
     AttentionRate,
     KernelRates,
     LinearRate,
+    measured_activation_bytes,
     scored_pairs,
     set_of,
 )
+
+ELEMENT_KINDS = {Opcode.RMS_NORM: "norm", Opcode.GLU: "glu", Opcode.ADD: "add"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ class Predictor:
     def estimates(self, shape: StepShape) -> list[OpEstimate]:
         """Every kind of instruction in the order of the Program."""
         found = []
+        layer_bytes = self._layer_bytes(shape)
         for name, count in self._kinds.items():
             instruction = self._examples[name]
             if instruction.opcode in COLLECTIVES:
@@ -178,7 +181,9 @@ class Predictor:
             )
             flops = self.program.instruction_flops(instruction, shape)
             memory_s, compute_s = self._bound(instruction, shape, num_bytes, flops)
-            predicted = self._predict(instruction, shape, num_bytes) if self._rates is not None else None
+            predicted = None
+            if self._rates is not None:
+                predicted = self._predict(instruction, shape, num_bytes, layer_bytes)
             times = count * self._num_on_machine
             found.append(
                 OpEstimate(
@@ -208,6 +213,15 @@ class Predictor:
         own = self._model_bytes + num_keys * self._layout.num_layers * self._kv_token_bytes
         return own * self._num_on_machine
 
+    def _layer_bytes(self, shape: StepShape) -> float:
+        """What a layer's instructions read and write on average, of all ranks that share the caches."""
+        total = sum(
+            count
+            * self.program.instruction_bytes(self._examples[name], shape, kv_token_bytes=self._kv_token_bytes)
+            for name, count in self._kinds.items()
+        )
+        return total * self._num_on_machine / self._layout.num_layers
+
     def _bound(
         self, instruction: Instruction, shape: StepShape, num_bytes: int, flops: int
     ) -> tuple[float, float]:
@@ -222,50 +236,55 @@ class Predictor:
             )
         return num_bytes / gb_s / 1e9, flops / peak / 1e9
 
-    def _predict(self, instruction: Instruction, shape: StepShape, num_bytes: int) -> float:
+    def _predict(
+        self, instruction: Instruction, shape: StepShape, num_bytes: int, layer_bytes: float
+    ) -> float:
         """Seconds of one instruction with the rates of the kernels."""
         assert self._rates is not None
         if instruction.opcode is Opcode.LINEAR:
-            return self._predict_linear(instruction, shape)
+            return self._predict_linear(instruction, shape, num_bytes, layer_bytes)
         if instruction.opcode is Opcode.ATTENTION:
             return self._predict_attention(instruction, shape)
-        if instruction.opcode in (Opcode.RMS_NORM, Opcode.GLU):
+        if instruction.opcode in ELEMENT_KINDS:
             elements = sum(
                 self.program.num_rows(i, shape) * self.program.buffers[i].columns for i in instruction.outputs
             )
-            kind = "norm" if instruction.opcode is Opcode.RMS_NORM else "glu"
-            return self._barrier_s(elements) + elements * self._rates.element_s(kind)
+            element_s = self._rates.element_s(ELEMENT_KINDS[instruction.opcode])
+            return self._barrier_s(elements) + elements * element_s
         return self._barrier_s(num_bytes // 4) + num_bytes / self.limits.read_gb_s(num_bytes) / 1e9
 
     def _barrier_s(self, num_elements: int) -> float:
         return self.limits.barrier_s if num_elements >= 4096 else 0.0
 
-    def _predict_linear(self, instruction: Instruction, shape: StepShape) -> float:
+    def _predict_linear(
+        self, instruction: Instruction, shape: StepShape, num_bytes: int, layer_bytes: float
+    ) -> float:
         assert self._rates is not None
         rows = self.program.num_rows(instruction.read_buffers[0], shape)
         columns = self.program.buffers[instruction.read_buffers[0]].columns
         if not rows:
             return 0.0  # the head of a chunk that is not the last
-        total, call_s = 0.0, 0.0
         among = set_of(self._step_bytes(shape))
+        rates = []
         for w in instruction.matrices:
             weight = self.program.weights[w]
             kernel = kernel_name(weight), among
             if kernel not in self._linear_rates:
                 self._linear_rates[kernel] = self._rates.linear(kernel[0], among=among)
-            call, per_weight = _at_tokens(self._linear_rates[kernel], rows)
-            total += per_weight * weight.num_elements
-            call_s = max(call_s, call)
-        # What a call costs is quantizing its input, beyond the two times that threads are started.
-        fixed = min(2 * self.limits.barrier_s, call_s)
-        total += fixed + (call_s - fixed) * columns / COLUMNS
-        attributes = dict(instruction.attributes)
+            rates.append((_at_tokens(self._linear_rates[kernel], rows), weight.shape[0]))
+        total = LinearRate.seconds(rates, columns)
+        outputs = rows * self.program.buffers[instruction.outputs[0]].columns
         if len(instruction.weights) > 6 and instruction.weights[6] is not None:
             total += rows * columns * self._rates.element_s("norm")
-        if attributes.get("activation") is not None:
-            outputs = self.program.buffers[instruction.outputs[0]].columns
-            total += rows * outputs * self._rates.element_s("glu")
-        return total
+        if dict(instruction.attributes).get("activation") is not None:
+            total += outputs * self._rates.element_s("glu")
+        if len(instruction.read_buffers) > 1:
+            total += outputs * self._rates.element_s("add")
+        # What a layer reads between two uses of its activations has pushed them out of the caches nearby.
+        moved = num_bytes - sum(self.program.weights[w].num_bytes for w in instruction.read_weights)
+        near = self.limits.read_gb_s(measured_activation_bytes(rows))
+        far = self.limits.read_gb_s(max(layer_bytes, moved))
+        return total + moved * max(1 / far - 1 / near, 0.0) / 1e9
 
     def _predict_attention(self, instruction: Instruction, shape: StepShape) -> float:
         assert self._rates is not None
@@ -329,16 +348,12 @@ def kind_of(instruction: Instruction, program: Program) -> str:
     return name
 
 
-def _at_tokens(rates: Mapping[int, LinearRate], tokens: int) -> tuple[float, float]:
-    """Seconds of a call and of a weight: linear between measured numbers of tokens, as tiles come one by one,
-    and in proportion beyond them."""
+def _at_tokens(rates: Mapping[int, LinearRate], tokens: int) -> LinearRate:
+    """Linear between measured numbers of tokens, as tiles come one by one, and in proportion beyond them."""
     measured = sorted(rates)
-    if tokens > measured[-1]:
-        last, factor = rates[measured[-1]], tokens / measured[-1]
-        return last.call_s * factor, last.weight_s * factor
-    calls = [rates[t].call_s for t in measured]
-    weights = [rates[t].weight_s for t in measured]
-    return float(np.interp(tokens, measured, calls)), float(np.interp(tokens, measured, weights))
+    factor = max(tokens / measured[-1], 1.0)
+    by_part = zip(*(astuple(rates[t]) for t in measured), strict=True)
+    return LinearRate(*(factor * float(np.interp(tokens, measured, values)) for values in by_part))
 
 
 def _attention_at(

@@ -30,7 +30,9 @@ class Proportional(Rates):
     """What a matrix takes is proportional to its size, and nothing else takes time."""
 
     def linear(self, format, *, among):
-        return {t: r.__class__(0.0, r.weight_s) for t, r in super().linear(format, among=among).items()}
+        return {
+            t: r.__class__(0.0, 0.0, 0.0, r.weight_s) for t, r in super().linear(format, among=among).items()
+        }
 
     def attention(self, **kernel):
         grid = super().attention(**kernel)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import astuple, replace
 
 import pytest
 
@@ -17,7 +18,9 @@ from ridgeline.profiling.machine import MachineLimits
 from ridgeline.profiling.rates import (
     ATTENTION_GRID,
     COLUMNS,
-    LINEAR_TOKENS,
+    FEW_TOKENS,
+    MANY_TOKENS,
+    ROWS,
     AttentionRate,
     EngineRate,
     LinearRate,
@@ -44,7 +47,8 @@ class Rates:
     """A weight takes 1 ns and another for each 8 tokens; everything else has a price of its own."""
 
     def linear(self, format, *, among):
-        return {t: LinearRate(t * 1e-6, (1 + t / 8) * 1e-9) for t in LINEAR_TOKENS}
+        tokens = FEW_TOKENS + MANY_TOKENS
+        return {t: LinearRate(1e-6, t * 1e-9, t * 2e-9, (1 + t / 8) * 1e-9) for t in tokens}
 
     def attention(self, **kernel):
         return {(new, seqs): AttentionRate(new * seqs * 1e-7, 1e-9) for new, seqs in ATTENTION_GRID}
@@ -88,8 +92,10 @@ def predictor(model_path, config, rates=None):
 def test_a_decode_step_is_the_sum_of_its_rates(model_path, config):
     p = predictor(model_path, config, Rates())
     linears = [i for i in p.program.instructions if i.opcode is Opcode.LINEAR]
-    num_weights = sum(p.program.weights[w].num_elements for i in linears for w in i.matrices)
-    calls = sum(p.program.buffers[i.read_buffers[0]].columns / COLUMNS * 1e-6 for i in linears)
+    matrices = [p.program.weights[w] for i in linears for w in i.matrices]
+    num_weights = sum(w.num_elements for w in matrices)
+    calls = sum(1e-6 + p.program.buffers[i.read_buffers[0]].columns * 1e-9 for i in linears)
+    calls += sum(w.shape[0] for w in matrices) * 2e-9
     heads = describe_model(model_path).config.num_kv_heads
     attention = 2 * heads * (1e-7 + 64 * 1e-9)
     expected = num_weights * 1.125e-9 + calls + attention + 1.1e-4
@@ -160,6 +166,32 @@ def test_matrices_are_among_all_bytes_of_a_step(model_path, config):
     assert [set_of(n, parts=2) for n in (2**27, int(1.15 * 2**27), int(1.8 * 2**27))] == [2**27, 2**27, 2**28]
 
 
+def test_a_rate_is_found_from_the_times_of_four_matrices():
+    law = LinearRate(2e-6, 3e-9, 5e-9, 7e-12)
+    corners = {(r, c): LinearRate.seconds([(law, r)], c) for r in ROWS for c in COLUMNS}
+    found = LinearRate.of_corners(corners)
+    assert astuple(found) == pytest.approx(astuple(law), rel=1e-6)
+    assert LinearRate.seconds([(found, 100), (law, 28)], 576) == pytest.approx(
+        2e-6 + 576 * 3e-9 + 128 * 5e-9 + 128 * 576 * 7e-12, rel=1e-6
+    )
+    assert LinearRate.seconds([(LinearRate(-1.0, 0.0, 0.0, 0.0), 1)], 1) == 0.0
+
+
+def test_activations_come_from_where_a_layer_fits(model_path, config):
+    model, batch = describe_model(model_path), StepShape(((1, 32),) * 16, 16)
+    even = Predictor.for_model(model, config, LIMITS, Rates())
+    steep = replace(LIMITS, read=((2**18, 1000.0), (2**20, 1000.0), (2**21, 10.0), (2**29, 10.0)))
+    far = Predictor.for_model(model, config, steep, Rates())
+    far._model_bytes = even._model_bytes = 2**25
+    o_proj = "linear Q4_0 576 x 576"
+    cheap, dear = ({e.name: e for e in p.estimates(batch)}[o_proj] for p in (even, far))
+    moved = 3 * 4 * 576 * 16  # input, residual and output of each of two layers
+    assert far._layer_bytes(batch) > 2**21
+    assert dear.predicted_s - cheap.predicted_s == pytest.approx(
+        2 * moved * (1 / 10 - 1 / 1000) / 1e9, rel=1e-3
+    )
+
+
 def test_a_prompt_is_the_sum_of_its_chunks(model_path, config):
     p = predictor(model_path, config, Rates())
     parts = p.step_s([(200, 200)], 0) + p.step_s([(100, 300)], 1)
@@ -168,7 +200,7 @@ def test_a_prompt_is_the_sum_of_its_chunks(model_path, config):
 
 def test_more_tokens_than_measured_go_on_in_proportion(model_path, config):
     p = predictor(model_path, config, Rates())
-    largest = LINEAR_TOKENS[-1]
+    largest = MANY_TOKENS[-1]
     kinds = {e.name: e.predicted_s for e in p.estimates(StepShape(((largest, largest),), 0))}
     twice = {e.name: e.predicted_s for e in p.estimates(StepShape(((2 * largest, 2 * largest),), 0))}
     for name, seconds in kinds.items():
