@@ -36,6 +36,7 @@ from ridgeline.profiling.rates import KernelRates
 from ridgeline.profiling.roofline import Predictor
 
 LOAD = 0.6
+WARMUP_SEED = 10**6
 MAX_ERROR = {"output_tok_s": 0.15, "ttft_p50_s": 0.25}
 FIGURES = ("output_tok_s", "ttft_p50_s", "tpot_p50_s")
 
@@ -105,18 +106,17 @@ def run_simulation(llm: LLMEngine, workload: Workload, seeds: Sequence[int], ste
     return into
 
 
-def fresh_predictor(llm: LLMEngine, num_threads: int) -> Predictor:
-    """From limits and rates that are measured now, not from those that are kept."""
+def fresh_predictor(llm: LLMEngine, num_threads: int, warmups: Sequence[Measured]) -> Predictor:
+    """From limits and rates that are measured now, all that the warm-ups need, not from those that are kept."""
     kept = os.environ.get("XDG_CACHE_HOME")
     with tempfile.TemporaryDirectory() as empty:
         os.environ["XDG_CACHE_HOME"] = empty
         try:
             limits = machine_limits(num_threads=num_threads)
             predictor = Predictor.for_model(llm.model, llm.config, limits, KernelRates(limits))
-            for length in range(32, llm.config.max_model_len or 1024, 32):  # asks for every rate
-                rows = [(16, 16), *[(1, length)] * (llm.config.scheduler.max_num_seqs - 1)]
-                for num_shared in (0, length):
-                    predictor.step_s(rows, 2, num_shared)
+            for warmup in warmups:
+                for step in warmup.steps:
+                    predictor.step_s(*step)
         finally:
             os.environ.pop("XDG_CACHE_HOME")
             if kept is not None:
@@ -162,21 +162,21 @@ def main() -> None:
     assert isinstance(llm.executor, NativeExecutor)
     llm.executor.native.pages[:] = 0  # or steps wait for the system to find memory, long after the warm-up
     workloads: dict[str, Workload] = {"w3": replace(NAMED["w3"], max_concurrency=None)}
-    run_engine(llm, workloads["w3"], 10**6, Measured())  # warm-up
-    measured: dict[str, Measured] = {}
+    warmups = {"w3": Measured()}
+    rate = run_engine(llm, workloads["w3"], WARMUP_SEED, warmups["w3"])
+    workloads["poisson"] = replace(
+        NAMED["w5"], name="poisson", num_requests=args.num_poisson, arrivals=Gamma(LOAD * rate)
+    )
+    workloads["w4"] = replace(NAMED["w4"], max_concurrency=None)
+    for name in ("poisson", "w4"):
+        run_engine(llm, workloads[name], WARMUP_SEED, warmups.setdefault(name, Measured()))
+    measured = {name: Measured() for name in workloads}
     seeds = range(args.rounds)
     predictors: list[Predictor] = []
     for seed in seeds:
-        predictors.append(fresh_predictor(llm, args.num_threads))
-        rate = run_engine(llm, workloads["w3"], seed, measured.setdefault("w3", Measured()))
-        if seed == 0:
-            arrivals = Gamma(LOAD * rate)
-            workloads["poisson"] = replace(
-                NAMED["w5"], name="poisson", num_requests=args.num_poisson, arrivals=arrivals
-            )
-            workloads["w4"] = replace(NAMED["w4"], max_concurrency=None)
-        for name in ("poisson", "w4"):
-            run_engine(llm, workloads[name], seed, measured.setdefault(name, Measured()))
+        predictors.append(fresh_predictor(llm, args.num_threads, list(warmups.values())))
+        for name, workload in workloads.items():
+            run_engine(llm, workload, seed, measured[name])
 
     def step_s(rows: Sequence[StepRow], num_logits: int, num_shared: int) -> float:
         return statistics.fmean(p.step_s(rows, num_logits, num_shared) for p in predictors)

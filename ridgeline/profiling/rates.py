@@ -48,7 +48,7 @@ from ridgeline.quant.formats import FORMATS, format_named
 from ridgeline.quant.weight import Weight
 from ridgeline.sampling_params import SamplingParams
 
-SCHEMA = "ridgeline.rates/7"
+SCHEMA = "ridgeline.rates/8"
 ROWS, COLUMNS = (256, 2048), (768, 2304)
 """Matrices of both numbers of rows and of columns. No power of two as columns: a tile's rows of activations
 would share sets of the L1 cache."""
@@ -68,6 +68,7 @@ PROBE_KV_HEADS = 4
 """A head's tiles are apart from each other in the pages, as in nearly every model."""
 CACHE_BYTES = 2**28
 """K and V of the attention probe, in which the blocks of its sequences lie about."""
+ENGINE_TOKENS, ENGINE_SEQS = (1, 16, 128), 16
 PROBE_VOCAB = 32768
 
 
@@ -116,10 +117,17 @@ class AttentionRate:
 class EngineRate:
     """What a step costs outside of the kernels: scheduler, batch, sampling, results."""
 
-    step_s: float
+    steps_s: tuple[float, ...]
+    """One step, where kernels had worked on ENGINE_TOKENS: the longer, the less the caches still hold."""
     sequence_s: float
     logit_s: float
     """One logit of a row that is sampled greedily."""
+
+    def seconds(self, num_tokens: int, num_sequences: int, num_logits: int) -> float:
+        """Of one step: between measured numbers of tokens, by their logarithms."""
+        at = [math.log2(t) for t in ENGINE_TOKENS]
+        step_s = float(np.interp(math.log2(max(num_tokens, 1)), at, self.steps_s))
+        return step_s + self.sequence_s * num_sequences + self.logit_s * num_logits
 
 
 class KernelRates:
@@ -179,7 +187,8 @@ class KernelRates:
     def engine(self, *, among: int) -> EngineRate:
         """On a model so small that its kernels cost nothing, with as many bytes read between two steps."""
         name = f"engine without a model, among {among // 2**20} MiB"
-        return EngineRate(*self._rates(name, lambda: _measure_engine(self._limits, among)))
+        *steps_s, sequence_s, logit_s = self._rates(name, lambda: _measure_engine(self._limits, among))
+        return EngineRate(tuple(steps_s), sequence_s, logit_s)
 
     def _rates(self, name: str, measure: Callable[[], list[float]]) -> list[float]:
         if name not in self._known:
@@ -337,9 +346,11 @@ def _measure_engine(limits: MachineLimits, among: int) -> list[float]:
     program = linear_program(
         "Q8_0", rows=rows, columns=columns, count=int(among / (rows * columns * weight_bytes))
     )
-    reader = _native(program, limits, layout_of(1), 16)
+    most = max(ENGINE_TOKENS)
+    reader = _native(program, limits, layout_of(blocks_of(most)), most)
 
-    def decode_s(num_seqs: int, num_steps: int = 100) -> float:
+    def decode_s(num_seqs: int, num_tokens: int) -> float:
+        num_steps = 60 if num_tokens <= ENGINE_SEQS else 20
         params = SamplingParams(temperature=0, max_tokens=num_steps + 20, ignore_eos=True)
         for i in range(num_seqs):
             engine.add_request({"prompt_token_ids": [i + 1] * 8}, params)
@@ -348,7 +359,7 @@ def _measure_engine(limits: MachineLimits, among: int) -> list[float]:
         native.take_times()
         times = []
         for _ in range(num_steps):
-            reader.step(prompt_batch(num_seqs))
+            reader.step(prompt_batch(num_tokens))
             started = time.perf_counter()
             engine.step()
             elapsed = time.perf_counter() - started
@@ -357,16 +368,21 @@ def _measure_engine(limits: MachineLimits, among: int) -> list[float]:
             engine.step()
         return statistics.median(times)
 
-    decode_s(1)
-    one, many = decode_s(1), decode_s(16)
+    decode_s(1, 1)
+    steps = [decode_s(1, tokens) for tokens in ENGINE_TOKENS]
+    many = decode_s(ENGINE_SEQS, ENGINE_SEQS)
     engine.close()
-    sequence_s = max((many - one) / 15, 0.0)
-    logits = np.random.default_rng(4).standard_normal((16, PROBE_VOCAB), np.float32)
+    sequence_s = max((many - steps[ENGINE_TOKENS.index(ENGINE_SEQS)]) / (ENGINE_SEQS - 1), 0.0)
+    logits = np.random.default_rng(4).standard_normal((ENGINE_SEQS, PROBE_VOCAB), np.float32)
     times = []
     for _ in range(50):
-        reader.step(prompt_batch(16))
+        reader.step(prompt_batch(ENGINE_SEQS))
         started = time.perf_counter()
         reader.greedy(logits)
         times.append(time.perf_counter() - started)
     reader.close()
-    return [max(one - sequence_s, 0.0), sequence_s, statistics.median(times) / logits.size]
+    return [
+        *(max(step - sequence_s, 0.0) for step in steps),
+        sequence_s,
+        statistics.median(times) / logits.size,
+    ]

@@ -152,7 +152,7 @@ class Predictor:
             return 0.0
         rate = self._rates.engine(among=set_of(self._step_bytes(shape), parts=2))
         num_values = shape.num_logits * self.program.buffers[self.program.output].columns
-        return rate.step_s + rate.sequence_s * len(shape.sequences) + rate.logit_s * num_values
+        return rate.seconds(shape.num_tokens, len(shape.sequences), num_values)
 
     def prefill_s(self, num_tokens: int, *, chunk: int = 512) -> float:
         """TTFT of one prompt on an idle engine, in chunks of `chunk` tokens."""
@@ -273,15 +273,17 @@ class Predictor:
                 self._linear_rates[kernel] = self._rates.linear(kernel[0], among=among)
             rates.append((_at_tokens(self._linear_rates[kernel], rows), weight.shape[0]))
         total = LinearRate.seconds(rates, columns)
-        outputs = rows * self.program.buffers[instruction.outputs[0]].columns
+        outputs = rows * sum(self.program.buffers[i].columns for i in instruction.outputs)
         if len(instruction.weights) > 6 and instruction.weights[6] is not None:
             total += rows * columns * self._rates.element_s("norm")
         if dict(instruction.attributes).get("activation") is not None:
             total += outputs * self._rates.element_s("glu")
         if len(instruction.read_buffers) > 1:
             total += outputs * self._rates.element_s("add")
-        # What a layer reads between two uses of its activations has pushed them out of the caches nearby.
+        # What a layer reads between two uses of its activations has pushed them out of the caches nearby; to
+        # write there is to read first.
         moved = num_bytes - sum(self.program.weights[w].num_bytes for w in instruction.read_weights)
+        moved += 4 * outputs
         near = self.limits.read_gb_s(measured_activation_bytes(rows))
         far = self.limits.read_gb_s(max(layer_bytes, moved))
         return total + moved * max(1 / far - 1 / near, 0.0) / 1e9

@@ -60,7 +60,7 @@ class Rates:
         return 0.0
 
     def engine(self, *, among):
-        return EngineRate(1e-4, 1e-5, 0.0)
+        return EngineRate((1e-4, 1e-4, 2e-4), 1e-5, 0.0)
 
 
 def main(arguments):
@@ -185,11 +185,18 @@ def test_activations_come_from_where_a_layer_fits(model_path, config):
     far._model_bytes = even._model_bytes = 2**25
     o_proj = "linear Q4_0 576 x 576"
     cheap, dear = ({e.name: e for e in p.estimates(batch)}[o_proj] for p in (even, far))
-    moved = 3 * 4 * 576 * 16  # input, residual and output of each of two layers
+    moved = 4 * 4 * 576 * 16  # input, residual, and output twice
     assert far._layer_bytes(batch) > 2**21
     assert dear.predicted_s - cheap.predicted_s == pytest.approx(
         2 * moved * (1 / 10 - 1 / 1000) / 1e9, rel=1e-3
     )
+
+
+def test_the_engine_takes_longer_after_longer_steps():
+    rate = EngineRate((1e-4, 2e-4, 5e-4), 1e-5, 1e-9)
+    assert rate.seconds(1, 1, 0) == pytest.approx(1.1e-4)
+    assert rate.seconds(4, 4, 1000) == pytest.approx(1.5e-4 + 4e-5 + 1e-6)
+    assert rate.seconds(4096, 0, 0) == pytest.approx(5e-4)
 
 
 def test_a_prompt_is_the_sum_of_its_chunks(model_path, config):
