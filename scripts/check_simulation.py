@@ -107,7 +107,7 @@ def run_simulation(llm: LLMEngine, workload: Workload, seeds: Sequence[int], ste
 
 
 def fresh_predictor(llm: LLMEngine, num_threads: int, warmups: Sequence[Measured]) -> Predictor:
-    """From limits and rates that are measured now, all that the warm-ups need, not from those that are kept."""
+    """From limits and rates that are measured now and not kept: all that the warm-ups need."""
     kept = os.environ.get("XDG_CACHE_HOME")
     with tempfile.TemporaryDirectory() as empty:
         os.environ["XDG_CACHE_HOME"] = empty

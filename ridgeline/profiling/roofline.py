@@ -170,7 +170,7 @@ class Predictor:
     def estimates(self, shape: StepShape) -> list[OpEstimate]:
         """Every kind of instruction in the order of the Program."""
         found = []
-        layer_bytes = self._layer_bytes(shape)
+        moved = self._moved_bytes(shape)
         for name, count in self._kinds.items():
             instruction = self._examples[name]
             if instruction.opcode in COLLECTIVES:
@@ -183,7 +183,7 @@ class Predictor:
             memory_s, compute_s = self._bound(instruction, shape, num_bytes, flops)
             predicted = None
             if self._rates is not None:
-                predicted = self._predict(instruction, shape, num_bytes, layer_bytes)
+                predicted = self._predict(instruction, shape, num_bytes, moved / count)
             times = count * self._num_on_machine
             found.append(
                 OpEstimate(
@@ -213,14 +213,13 @@ class Predictor:
         own = self._model_bytes + num_keys * self._layout.num_layers * self._kv_token_bytes
         return own * self._num_on_machine
 
-    def _layer_bytes(self, shape: StepShape) -> float:
-        """What a layer's instructions read and write on average, of all ranks that share the caches."""
-        total = sum(
+    def _moved_bytes(self, shape: StepShape) -> int:
+        """What all instructions read and write, on all ranks that share the caches."""
+        return self._num_on_machine * sum(
             count
             * self.program.instruction_bytes(self._examples[name], shape, kv_token_bytes=self._kv_token_bytes)
             for name, count in self._kinds.items()
         )
-        return total * self._num_on_machine / self._layout.num_layers
 
     def _bound(
         self, instruction: Instruction, shape: StepShape, num_bytes: int, flops: int
@@ -236,13 +235,14 @@ class Predictor:
             )
         return num_bytes / gb_s / 1e9, flops / peak / 1e9
 
-    def _predict(
-        self, instruction: Instruction, shape: StepShape, num_bytes: int, layer_bytes: float
-    ) -> float:
-        """Seconds of one instruction with the rates of the kernels."""
+    def _predict(self, instruction: Instruction, shape: StepShape, num_bytes: int, between: float) -> float:
+        """Seconds of one instruction with the rates of the kernels.
+
+        between: bytes that a step moves for each instruction of this kind.
+        """
         assert self._rates is not None
         if instruction.opcode is Opcode.LINEAR:
-            return self._predict_linear(instruction, shape, num_bytes, layer_bytes)
+            return self._predict_linear(instruction, shape, num_bytes, between)
         if instruction.opcode is Opcode.ATTENTION:
             return self._predict_attention(instruction, shape)
         if instruction.opcode in ELEMENT_KINDS:
@@ -257,7 +257,7 @@ class Predictor:
         return self.limits.barrier_s if num_elements >= 4096 else 0.0
 
     def _predict_linear(
-        self, instruction: Instruction, shape: StepShape, num_bytes: int, layer_bytes: float
+        self, instruction: Instruction, shape: StepShape, num_bytes: int, between: float
     ) -> float:
         assert self._rates is not None
         rows = self.program.num_rows(instruction.read_buffers[0], shape)
@@ -280,12 +280,12 @@ class Predictor:
             total += outputs * self._rates.element_s("glu")
         if len(instruction.read_buffers) > 1:
             total += outputs * self._rates.element_s("add")
-        # What a layer reads between two uses of its activations has pushed them out of the caches nearby; to
-        # write there is to read first.
+        # What is read between two instructions of this kind has pushed their activations out of the caches
+        # nearby; to write there is to read first.
         moved = num_bytes - sum(self.program.weights[w].num_bytes for w in instruction.read_weights)
         moved += 4 * outputs
         near = self.limits.read_gb_s(measured_activation_bytes(rows))
-        far = self.limits.read_gb_s(max(layer_bytes, moved))
+        far = self.limits.read_gb_s(max(between, moved))
         return total + moved * max(1 / far - 1 / near, 0.0) / 1e9
 
     def _predict_attention(self, instruction: Instruction, shape: StepShape) -> float:
