@@ -1,8 +1,7 @@
 """One rank as a process: `python -m ridgeline.engine.executors.rank`, started by `ParallelExecutor`.
 
 It loads its part of the model, builds the ordinary executor on it, and runs plans in the order in which they
-come. It never decides anything: what it cannot do is told to the driver, and ends the process. In a pipeline
-the next plan is read and laid out while this one is computed.
+come. It never decides anything: what it cannot do is told to the driver, and ends the process.
 """
 
 from __future__ import annotations
@@ -13,14 +12,12 @@ import importlib
 import os
 import pickle
 import sys
-import threading
 import traceback
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 from ridgeline.config import ParallelConfig
@@ -68,12 +65,9 @@ def _serve(steps: Channel) -> None:
     seat = Seat.from_environment(os.environ)
     executor, collectives = _build(setup, seat, steps)
     steps.send(READY)
-    messages = _messages(steps, setup.layout.block_size)
-    if setup.config.parallel.pp_size > 1:
-        messages = _read_ahead(messages)
     samples = setup.place.samples
     checksum = 0
-    for number, (pickled, message, batch) in enumerate(messages):
+    for number, (pickled, message, batch) in enumerate(_messages(steps, setup.layout.block_size)):
         value: Any = None
         if isinstance(message, StepPlan):
             assert batch is not None
@@ -100,25 +94,6 @@ def _messages(steps: Channel, block_size: int) -> Iterator[Message]:
             yield pickled, message, ForwardBatch.from_rows(message.rows, block_size=block_size)
         else:
             yield pickled, message, message if isinstance(message, ForwardBatch) else None
-
-
-def _read_ahead(messages: Iterator[Message]) -> Iterator[Message]:
-    """The same messages, from a thread that is one or more ahead; kernels run without the GIL."""
-    queue: SimpleQueue[Message | BaseException] = SimpleQueue()
-
-    def read() -> None:
-        try:
-            for message in messages:
-                queue.put(message)
-        except BaseException as error:  # raised where the message would have been
-            queue.put(error)
-
-    threading.Thread(target=read, name="ridgeline-plans", daemon=True).start()
-    while True:
-        message = queue.get()
-        if isinstance(message, BaseException):
-            raise message
-        yield message
 
 
 def _build(setup: Setup, seat: Seat, steps: Channel) -> tuple[ModelExecutor, _Counted]:
