@@ -4,7 +4,8 @@ The engine runs in this process in real time, the simulation with steps predicte
 workloads: a batch (w3), Poisson arrivals at 60 % of the throughput that w3 reached, a shared prefix (w4).
 A shared machine changes by a tenth within minutes: each round measures the limits and rates anew and runs all
 three, and a step's predicted time is the mean of the rounds'. To tell a wrong schedule from wrong step times,
-the engine's own steps are predicted too, one by one.
+the engine's own steps are predicted too, one by one. The KV cache is touched before: where memory comes late
+from a host, steps of a fresh engine wait for it, which no rate foresees.
 
     python scripts/check_simulation.py MODEL.gguf --rounds 3 --out docs/results/simulation.json
 """
