@@ -23,7 +23,9 @@ struct kv_pages {
     }
     // which: 0 K, 1 V
     uint8_t *tile(int64_t layer, int64_t slot, int which, int64_t kv_head) const {
-        const int64_t tiles = cache.block_size / kTile, block = slot / cache.block_size;
+        const int64_t tiles = cache.block_size / kTile;
+        // Each layer begins at another block: or all come to a new huge page in the same step, which waits for the system.
+        const int64_t block = (slot / cache.block_size + layer) % cache.num_blocks;
         const int64_t head = ((layer * cache.num_blocks + block) * 2 + which) * cache.num_kv_heads + kv_head;
         return (uint8_t *)cache.pages + (head * tiles + slot % cache.block_size / kTile) * tile_bytes();
     }

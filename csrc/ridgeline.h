@@ -77,7 +77,8 @@ struct rl_weight {
 };
 
 struct rl_cache {
-    void *pages;  // [layer][block][K then V][kv head][tile]; a tile holds 32 tokens: K [head_dim][32], V [32][head_dim]
+    // [layer][(block + layer) % num_blocks][K then V][kv head][tile]; a tile holds 32 tokens: K [head_dim][32], V [32][head_dim]
+    void *pages;
     int32_t dtype;  // int8 tiles are followed by 32 float32 scales, one a token
     int32_t num_layers, num_blocks, block_size, num_kv_heads, head_dim;
 };

@@ -282,3 +282,34 @@ def test_native_bits_do_not_depend_on_threads(kv_dtype, impl):
         one, _ = native_attention(case, kv_dtype, None, 1, impl)
         two, _ = native_attention(case, kv_dtype, None, 2, impl)
         np.testing.assert_array_equal(one, two)
+
+
+def test_no_two_layers_keep_a_block_at_the_same_place_of_their_pages():
+    """Else all layers come to a new huge page in the same step, which then waits for the system (0.2 s seen)."""
+    num_layers, num_blocks = 5, 4
+    recorder = Recorder()
+    values = np.ones((1, HEAD_DIM), np.float32)
+    row = recorder.embed(recorder.bind(Weight("w", FORMATS["F32"], values.shape, {"data": values})), None)
+    for layer in range(num_layers):
+        recorder.store_kv(layer, row, row, None)
+    native = NativeProgram(
+        recorder.program(recorder.gather_logit_rows(row, None)),
+        CacheLayout(
+            num_layers=num_layers,
+            num_kv_heads=1,
+            head_dim=HEAD_DIM,
+            dtype="float32",
+            block_size=32,
+            num_blocks=num_blocks,
+        ),
+        max_tokens=1,
+        max_logits=1,
+        num_threads=1,
+    )
+    native.pages[:] = 0
+    native.step(ForwardBatch.from_rows([Row((0,), 0, (2,))], block_size=32))
+    written = native.pages.reshape(num_layers, num_blocks, -1).any(axis=2)
+    native.close()
+    assert written.sum(axis=1).tolist() == [1] * num_layers
+    places = written.argmax(axis=1)
+    assert (places[1:] != places[:-1]).all() and set(places) == set(range(num_blocks))
