@@ -22,6 +22,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from ridgeline.config import TILE_TOKENS, KVCacheDType
 from ridgeline.engine.executors.native import NativeExecutor
@@ -48,7 +49,7 @@ from ridgeline.quant.formats import FORMATS, format_named
 from ridgeline.quant.weight import Weight
 from ridgeline.sampling_params import SamplingParams
 
-SCHEMA = "ridgeline.rates/8"
+SCHEMA = "ridgeline.rates/9"
 ROWS, COLUMNS = (256, 2048), (768, 2304)
 """Matrices of both numbers of rows and of columns. No power of two as columns: a tile's rows of activations
 would share sets of the L1 cache."""
@@ -115,7 +116,7 @@ class AttentionRate:
 
 @dataclass(frozen=True, slots=True)
 class EngineRate:
-    """What a step costs outside of the kernels: scheduler, batch, sampling, results."""
+    """What a step costs outside of the kernels: scheduler, batch, sampling, results; and waking the threads."""
 
     steps_s: tuple[float, ...]
     """One step, where kernels had worked on ENGINE_TOKENS: the longer, the less the caches still hold."""
@@ -336,6 +337,17 @@ def _measure_elements(limits: MachineLimits, kind: str) -> float:
     return seconds / (256 * ELEMENT_COLUMNS)
 
 
+def _waking_s(program: Program, times: npt.NDArray[np.float64]) -> float:
+    """What the first instructions of a `linear_program` took longer than later ones: threads were asleep."""
+    opcodes = [i.opcode for i in program.instructions]
+    first = opcodes.index(Opcode.LINEAR) + 1
+    usual = [
+        statistics.median(t for t, o in zip(times, opcodes, strict=True) if o is op)
+        for op in opcodes[1:first]
+    ]
+    return float(times[:first].sum() - sum(usual))
+
+
 def _measure_engine(limits: MachineLimits, among: int) -> list[float]:
     """Before each step matrices are multiplied with as many tokens: to the caches, a step of a model."""
     engine = probe_engine(num_threads=limits.num_threads, tokenizer=None)
@@ -357,13 +369,16 @@ def _measure_engine(limits: MachineLimits, among: int) -> list[float]:
         for _ in range(10):
             engine.step()
         native.take_times()
+        reader.step(prompt_batch(num_tokens))
+        reader.take_times()
         times = []
         for _ in range(num_steps):
             reader.step(prompt_batch(num_tokens))
+            waking_s = _waking_s(program, reader.take_times())
             started = time.perf_counter()
             engine.step()
             elapsed = time.perf_counter() - started
-            times.append(elapsed - float(native.take_times().sum()))
+            times.append(elapsed - float(native.take_times().sum()) + waking_s)
         while engine.has_unfinished:
             engine.step()
         return statistics.median(times)
