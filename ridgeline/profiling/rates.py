@@ -116,7 +116,7 @@ class AttentionRate:
 
 @dataclass(frozen=True, slots=True)
 class EngineRate:
-    """What a step costs outside of the kernels: scheduler, batch, sampling, results; and waking the threads."""
+    """What a step costs outside of the kernels: scheduler, batch, sampling, results, waking the threads."""
 
     steps_s: tuple[float, ...]
     """One step, where kernels had worked on ENGINE_TOKENS: the longer, the less the caches still hold."""
