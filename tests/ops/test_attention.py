@@ -284,7 +284,7 @@ def test_native_bits_do_not_depend_on_threads(kv_dtype, impl):
         np.testing.assert_array_equal(one, two)
 
 
-def test_no_two_layers_keep_a_block_at_the_same_place_of_their_pages():
+def test_layers_that_follow_each_other_keep_a_block_at_different_places_of_their_pages():
     """Else all layers come to a new huge page in the same step, which then waits for the system (0.2 s seen)."""
     num_layers, num_blocks = 5, 4
     recorder = Recorder()
